@@ -1,0 +1,67 @@
+"""Where the two processes part: what the attacher leaves to a reader, and the fork.
+
+The reader's own modules (numpy, uvicorn, the decoders) are imported after the fork, so the attacher stays small.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import traceback
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from probes.errors import FootlightError
+
+if TYPE_CHECKING:
+    from exporter.config import Config
+    from exporter.fronts import Front
+    from probes.requests import Channels
+
+CRASHED: Final = 70
+"""Exit status of a reader that died of its own fault (EX_SOFTWARE); the attacher starts another one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inheritance:
+    """What the attacher leaves to a reader. `resumes` is set when an earlier reader died over the same rings."""
+
+    config: Config
+    front: Front
+    channels: Channels
+    status_socket: socket.socket
+    listener: socket.socket | None
+    attacher: int
+    resumes: bool
+
+
+def fork_reader(given: Inheritance) -> int:
+    """Start a reader; returns its process id. In the child it never returns."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = CRASHED
+    try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        code = _read(given)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        # Not sys.exit: the attacher's objects would detach its probes as they are torn down here.
+        os._exit(code)
+
+
+def _read(given: Inheritance) -> int:
+    try:
+        from exporter import reader  # noqa: PLC0415 - only in the child
+
+        reader.main(given)
+    except FootlightError as error:
+        sys.stderr.write(f"error: {error.what}\n  try: {error.next_step}\n")
+        return error.exit_code
+    except Exception:
+        traceback.print_exc()
+        return CRASHED
+    return 0

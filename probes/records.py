@@ -1,0 +1,245 @@
+"""The requests probe as the reader sees it: three streams of records, put into one order.
+
+The order is that of `seen_ns`, the instant at which the kernel made each record. A record younger than the moment
+before the streams were looked at is left for the next time: an older one may still be on its way in another stream.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from enum import IntEnum
+from typing import TYPE_CHECKING, Final, Protocol, Self
+
+import numpy as np
+
+from probes import btf, transport
+from probes.requests import Transport
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from numpy.typing import NDArray
+
+    from probes.requests import Channel, Channels
+
+MARGIN_NS: Final = 1_000_000
+"""A record is made within this time of its `seen_ns`: the kernel reads the clock and reserves with preemption off."""
+
+
+class EventKind(IntEnum):
+    """`enum event_kind` of bpf/records.h, which says what each one means. `tests/kernel` fails when the two differ."""
+
+    OPENED = 1
+    ACCEPTED = 2
+    SEGMENT = 3
+    STATE = 4
+    RESET = 5
+
+
+class Handler(Protocol):
+    """Takes the records in order. Instants are CLOCK_MONOTONIC ns, positions TCP sequence numbers modulo 2**32."""
+
+    def segment(self, conn: int, seen_ns: int, position: int, size: int) -> None:
+        """`size` bytes from `position` on entered the connection's receive path."""
+
+    def opened(
+        self, conn: int, seen_ns: int, service: int, peer: str, born: bool, rx_position: int, tx_position: int
+    ) -> None:
+        """A connection is followed from here on; `born`: from its first byte. The positions are the next bytes'."""
+
+    def accepted(self, conn: int, service: int) -> None:
+        """A process of `service` took the connection from its accept queue."""
+
+    def state(self, conn: int, seen_ns: int, old: int, new: int, tgid: int) -> None:
+        """TCP went from one state to another."""
+
+    def reset(self, conn: int, seen_ns: int) -> None:
+        """The peer sent RST."""
+
+    def read(
+        self,
+        conn: int,
+        at_ns: int,
+        position: int,
+        data: bytes,
+        uncaptured: int,
+        lost: int,
+        service: int,
+        tgid: int,
+        tid: int,
+    ) -> None:
+        """The service's read returned `data` at `at_ns`; after it come `uncaptured` bytes that nobody copied.
+
+        `lost` is how many records of this direction of the connection were lost so far.
+        """
+
+    def wrote(
+        self,
+        conn: int,
+        at_ns: int,
+        position: int,
+        data: bytes,
+        uncaptured: int,
+        lost: int,
+        service: int,
+        tgid: int,
+        tid: int,
+    ) -> None:
+        """The service handed `data` to the kernel in a call made at `at_ns`. The rest as in `read`."""
+
+
+class RequestRecords:
+    """Maps the probe's streams and drains them into a handler. A context manager.
+
+    Must be made while the process may still map the rings (facts: on Linux 5.10 an unprivileged process may not).
+    `clock` is CLOCK_MONOTONIC in ns.
+    """
+
+    def __init__(self, channels: Channels, clock: Callable[[], int] = time.monotonic_ns) -> None:
+        self._clock = clock
+        self._stack = ExitStack()
+        with ExitStack() as opening:
+            self._sources = [
+                _source(channels, channel, opening) for channel in (channels.events, channels.reads, channels.writes)
+            ]
+            self._stack = opening.pop_all()
+        self._last_seen = [0] * len(self._sources)
+        self.delivered: dict[str, int] = {"events": 0, "reads": 0, "writes": 0}
+        """Records handed to the handler, by stream."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def skip_all(self) -> int:
+        """Drop everything that is waiting, and return how many records that was."""
+        return sum(source.skip_all() for source in self._sources)
+
+    def drain(self, handler: Handler) -> int:
+        """Hand every record that is due to `handler`, in order. Returns how many there were; does not block."""
+        horizon = self._clock() - MARGIN_NS
+        batches = [source.pending() for source in self._sources]
+        for index, (source, batch) in enumerate(zip(self._sources, batches, strict=True)):
+            if source.stalled:
+                newest = int(_seen(batch)[-1]) if len(batch) else self._last_seen[index]
+                horizon = min(horizon, newest)
+        due = [_due(batch, horizon) for batch in batches]
+        total = sum(due)
+        if total:
+            self._hand_over([batch[:count] for batch, count in zip(batches, due, strict=True)], handler)
+        for index, (source, count) in enumerate(zip(self._sources, due, strict=True)):
+            if count:
+                self._last_seen[index] = int(_seen(batches[index])[count - 1])
+            source.consume(count)
+        for name, count in zip(self.delivered, due, strict=True):
+            self.delivered[name] += count
+        return total
+
+    def _hand_over(self, batches: Sequence[NDArray[np.void]], handler: Handler) -> None:
+        events, reads, writes = batches
+        calls = [
+            _event_calls(events, handler),
+            _chunk_calls(reads, handler.read),
+            _chunk_calls(writes, handler.wrote),
+        ]
+        if sum(1 for part in calls if part) == 1:
+            (only,) = (part for part in calls if part)
+            for call, arguments in only:
+                call(*arguments)
+            return
+        merged = calls[0] + calls[1] + calls[2]
+        seen = np.concatenate([_seen(batch) for batch in batches])
+        for index in np.argsort(seen, kind="stable").tolist():
+            call, arguments = merged[index]
+            call(*arguments)
+
+
+def _source(channels: Channels, channel: Channel, stack: ExitStack) -> transport.RecordSource:
+    dtype = btf.dtype_of(channels.object_path, channel.record)
+    source: transport.RecordSource
+    if channels.transport is Transport.RING:
+        (fd,) = channel.fds
+        source = transport.RingSource(fd, channel.size, dtype)
+    else:
+        order = "seen_ns" if "seen_ns" in (dtype.names or ()) else "header.seen_ns"
+        source = transport.PerfSource(channel.fds, channel.size // 4096, dtype, order_field=order)
+    stack.callback(source.close)
+    return source
+
+
+def _seen(batch: NDArray[np.void]) -> NDArray[np.uint64]:
+    names = batch.dtype.names or ()
+    seen: NDArray[np.uint64] = batch["seen_ns"] if "seen_ns" in names else batch["header"]["seen_ns"]
+    return seen
+
+
+def _due(batch: NDArray[np.void], horizon: int) -> int:
+    """How many records at the front are not younger than the horizon."""
+    if not len(batch):
+        return 0
+    younger = _seen(batch) > max(horizon, 0)
+    first = int(np.argmax(younger))
+    return first if younger[first] else len(batch)
+
+
+_Call = tuple[Callable[..., None], tuple[object, ...]]
+
+
+def _chunk_calls(batch: NDArray[np.void], call: Callable[..., None]) -> list[_Call]:
+    if not len(batch):
+        return []
+    header = batch["header"]
+    sizes = header["size"].tolist()
+    payload = batch["payload"]
+    width = payload.shape[1]
+    # One copy of all payloads, then slices of bytes: a slice of a numpy row costs five times as much.
+    blob = payload.tobytes()
+    data = [blob[start : start + size] for start, size in zip(range(0, len(blob), width), sizes, strict=True)]
+    columns = [
+        header[name].tolist()
+        for name in ("conn", "at_ns", "position", "uncaptured", "lost", "service", "tgid", "tid")
+    ]
+    conn, at_ns, position, *rest = columns
+    return [(call, arguments) for arguments in zip(conn, at_ns, position, data, *rest, strict=True)]
+
+
+def _event_calls(batch: NDArray[np.void], handler: Handler) -> list[_Call]:
+    if not len(batch):
+        return []
+    names = (
+        "kind conn seen_ns position tx_position size service tgid old_state new_state family born peer_port".split()
+    )
+    columns = [batch[name].tolist() for name in names]
+    peers = batch["peer"]
+    calls: list[_Call] = []
+    for index, row in enumerate(zip(*columns, strict=True)):
+        kind, conn, seen, position, tx_position, size, service, tgid, old, new, family, born, peer_port = row
+        if kind == EventKind.SEGMENT:
+            calls.append((handler.segment, (conn, seen, position, size)))
+        elif kind == EventKind.STATE:
+            calls.append((handler.state, (conn, seen, old, new, tgid)))
+        elif kind == EventKind.OPENED:
+            peer = _address(peers[index].tobytes(), family, peer_port)
+            calls.append((handler.opened, (conn, seen, service, peer, bool(born), position, tx_position)))
+        elif kind == EventKind.ACCEPTED:
+            calls.append((handler.accepted, (conn, service)))
+        else:
+            calls.append((handler.reset, (conn, seen)))
+    return calls
+
+
+_AF_INET: Final = 2
+
+
+def _address(raw: bytes, family: int, port: int) -> str:
+    if family == _AF_INET:
+        return f"{ipaddress.IPv4Address(raw[:4])}:{port}"
+    address = ipaddress.IPv6Address(raw)
+    return f"{address.ipv4_mapped}:{port}" if address.ipv4_mapped else f"[{address}]:{port}"
