@@ -9,7 +9,7 @@
  * How: the entry of a system call finds the `struct sock` behind the descriptor and keeps it, with the address of the
  * buffer, until the call returns; then the bytes that really moved are copied. At that moment the buffer was used by
  * the kernel a moment ago, so its pages are there. A connection is its `struct sock` from SYN_RECV to CLOSE. That two
- * connections are never mixed is shown three times: the entry is deleted at TCP_CLOSE; an entry whose ports differ from
+ * connections are never mixed is shown three times: the entry is deleted at TCP_CLOSE; an entry whose peer is not
  * the socket's is replaced (CNT_STALE_CONNECTION); and every record carries its TCP position, so a stretch that does not
  * continue the one before is seen here (CNT_UNFOLLOWED_IO) and by the decoders.
  *
@@ -28,12 +28,13 @@ char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
 struct connection {
 	u64 id;
+	u64 peer; /* address and port: the proof against reuse of the socket's memory */
 	u32 service;
-	u32 ports; /* peer port and local port: the proof against reuse of the socket's memory */
 	u32 rx_next; /* position of the next byte to be read */
 	u32 tx_next;
 	u32 rx_lost; /* records of this connection that were lost */
 	u32 tx_lost;
+	u32 pad;
 };
 
 /* struct sock * -> connection; deleted at TCP_CLOSE. User space sets the size from the configuration. */
@@ -103,9 +104,10 @@ struct {
 /* User space takes its numpy type from BTF, which holds only the types that a variable or a map has. */
 struct connection_event event_type SEC(".rodata.types");
 
-static __always_inline u32 ports_of(const struct sock *sk)
+/* Who is at the other end, in short. The local port would not do: TCP has put it back before it says TCP_CLOSE. */
+static __always_inline u64 peer_of(const struct sock *sk)
 {
-	return (u32)BPF_CORE_READ(sk, __sk_common.skc_dport) << 16 | BPF_CORE_READ(sk, __sk_common.skc_num);
+	return (u64)BPF_CORE_READ(sk, __sk_common.skc_daddr) << 16 | BPF_CORE_READ(sk, __sk_common.skc_dport);
 }
 
 static __always_inline void send_event(void *ctx, struct connection_event *event)
@@ -144,7 +146,7 @@ static __noinline struct connection *open_connection(void *ctx, struct sock *sk,
 	struct connection fresh = {
 		.id = (u64)bpf_get_smp_processor_id() << 54 | (bpf_ktime_get_ns() & ((1ULL << 54) - 1)),
 		.service = service,
-		.ports = ports_of(sk),
+		.peer = peer_of(sk),
 		.rx_next = BPF_CORE_READ(tcp, copied_seq),
 		.tx_next = BPF_CORE_READ(tcp, write_seq),
 	};
@@ -175,7 +177,7 @@ static __always_inline struct connection *known_connection(const struct sock *sk
 	u64 key = (u64)sk;
 	struct connection *connection = bpf_map_lookup_elem(&connections, &key);
 
-	if (!connection || connection->ports == ports_of(sk))
+	if (!connection || connection->peer == peer_of(sk))
 		return connection;
 	count(CNT_STALE_CONNECTION);
 	bpf_map_delete_elem(&connections, &key);
@@ -239,6 +241,8 @@ struct job {
 	u32 position;
 	u32 lost;
 	u32 room; /* bytes until CALL_CAP_BYTES */
+	u32 unsent; /* records that found no room in a perf buffer */
+	u32 pad;
 	u32 tgid;
 	u32 tid;
 };
@@ -267,6 +271,7 @@ static __always_inline void start_job(struct job *job, u32 total)
 
 	job->left = total;
 	job->room = CALL_CAP_BYTES;
+	job->unsent = 0;
 	job->message_left = total;
 	job->segment_left = 0;
 	job->segments = 0;
@@ -424,27 +429,28 @@ __noinline int next_record(void)
 	return step;
 }
 
-/* Sends what next_record() left in the scratch record. Only with perf buffers: a ring's records are on their way already. */
-static __always_inline void send_scratch(void *ctx, struct job *job)
+/*
+ * Sends what next_record() left in the scratch record, and notes in the job when it was lost. Only with perf buffers: a
+ * ring's records are on their way already. Without a branch and without a local sum: the verifier would follow each of
+ * their values through every round of the loop.
+ */
+static __always_inline void send_scratch(void *ctx, struct job *job, bool write)
 {
 	struct write_chunk *written;
 	struct read_chunk *read;
+	s64 error = 0;
 	u32 zero = 0;
 
-	if (job->call.write) {
+	if (write) {
 		written = bpf_map_lookup_elem(&writes_scratch, &zero);
-		if (written &&
-		    bpf_perf_event_output(ctx, &writes_perf, BPF_F_CURRENT_CPU, written, sizeof(*written))) {
-			count(CNT_LOST_WRITES_RING_FULL);
-			job->lost++;
-		}
+		if (written)
+			error = bpf_perf_event_output(ctx, &writes_perf, BPF_F_CURRENT_CPU, written, sizeof(*written));
 	} else {
 		read = bpf_map_lookup_elem(&reads_scratch, &zero);
-		if (read && bpf_perf_event_output(ctx, &reads_perf, BPF_F_CURRENT_CPU, read, sizeof(*read))) {
-			count(CNT_LOST_READS_RING_FULL);
-			job->lost++;
-		}
+		if (read)
+			error = bpf_perf_event_output(ctx, &reads_perf, BPF_F_CURRENT_CPU, read, sizeof(*read));
 	}
+	job->unsent += (u64)error >> 63; /* 1 for a negative number */
 }
 
 /* The entry of a call that may move bytes of a connection that is ours: remembers it until it returns. */
@@ -476,12 +482,14 @@ static __always_inline int enter(void *ctx, u64 descriptor, u64 data, u64 segmen
  * The return of a call: where the stream stands now, less what moved, is where the moved bytes begin. A stream that does
  * not continue where the last call left it was moved by something that is not followed.
  */
-static __always_inline int leave(struct exit_context *ctx)
+static __always_inline int leave(struct exit_context *ctx, bool write)
 {
 	u64 who = bpf_get_current_pid_tgid();
 	struct call *call = bpf_map_lookup_elem(&calls, &who);
 	struct connection *connection;
 	const struct tcp_sock *tcp;
+	const u32 rounds = CALL_CAP_BYTES / (write ? WRITE_PAYLOAD_BYTES : READ_PAYLOAD_BYTES) +
+			   MAX_SEGMENTS * MAX_MESSAGES + 2;
 	u32 end, next, total, zero = 0;
 	struct job *job;
 
@@ -498,8 +506,8 @@ static __always_inline int leave(struct exit_context *ctx)
 	if (!connection)
 		return 0; /* it reached TCP_CLOSE meanwhile, which user space was told */
 	tcp = (const struct tcp_sock *)job->call.sk;
-	end = job->call.write ? BPF_CORE_READ(tcp, write_seq) : BPF_CORE_READ(tcp, copied_seq);
-	next = job->call.write ? connection->tx_next : connection->rx_next;
+	end = write ? BPF_CORE_READ(tcp, write_seq) : BPF_CORE_READ(tcp, copied_seq);
+	next = write ? connection->tx_next : connection->rx_next;
 	/* an array of messages returns how many there were, so its bytes are what the stream moved by */
 	total = job->call.shape == SHAPE_MESSAGES ? end - next : ctx->ret;
 	if (end - total != next)
@@ -510,18 +518,21 @@ static __always_inline int leave(struct exit_context *ctx)
 	job->position = end - total;
 	job->tgid = who >> 32;
 	job->tid = (u32)who;
-	job->lost = job->call.write ? connection->tx_lost : connection->rx_lost;
+	job->lost = write ? connection->tx_lost : connection->rx_lost;
 	start_job(job, total);
 #pragma clang loop unroll(disable)
-	for (u32 i = 0; i < CALL_CAP_BYTES / WRITE_PAYLOAD_BYTES + MAX_SEGMENTS * MAX_MESSAGES + 2; i++) {
+	for (u32 i = 0; i < rounds; i++) {
 		int step = next_record();
 
 		if (step == STEP_DONE)
 			break;
 		if (use_perf && step == STEP_MADE)
-			send_scratch(ctx, job);
+			send_scratch(ctx, job, write);
 	}
-	if (job->call.write) {
+	if (job->unsent)
+		count_many(write ? CNT_LOST_WRITES_RING_FULL : CNT_LOST_READS_RING_FULL, job->unsent);
+	job->lost += job->unsent;
+	if (write) {
 		connection->tx_next = end;
 		connection->tx_lost = job->lost;
 	} else {
@@ -540,7 +551,7 @@ int enter_read(struct enter_context *ctx)
 SEC("tp/syscalls/sys_exit_read")
 int exit_read(struct exit_context *ctx)
 {
-	return leave(ctx);
+	return leave(ctx, false);
 }
 
 SEC("tp/syscalls/sys_enter_recvfrom")
@@ -554,7 +565,7 @@ int enter_recvfrom(struct enter_context *ctx)
 SEC("tp/syscalls/sys_exit_recvfrom")
 int exit_recvfrom(struct exit_context *ctx)
 {
-	return leave(ctx);
+	return leave(ctx, false);
 }
 
 SEC("tp/syscalls/sys_enter_readv")
@@ -566,7 +577,7 @@ int enter_readv(struct enter_context *ctx)
 SEC("tp/syscalls/sys_exit_readv")
 int exit_readv(struct exit_context *ctx)
 {
-	return leave(ctx);
+	return leave(ctx, false);
 }
 
 SEC("tp/syscalls/sys_enter_recvmsg")
@@ -580,7 +591,7 @@ int enter_recvmsg(struct enter_context *ctx)
 SEC("tp/syscalls/sys_exit_recvmsg")
 int exit_recvmsg(struct exit_context *ctx)
 {
-	return leave(ctx);
+	return leave(ctx, false);
 }
 
 SEC("tp/syscalls/sys_enter_recvmmsg")
@@ -594,7 +605,7 @@ int enter_recvmmsg(struct enter_context *ctx)
 SEC("tp/syscalls/sys_exit_recvmmsg")
 int exit_recvmmsg(struct exit_context *ctx)
 {
-	return leave(ctx);
+	return leave(ctx, false);
 }
 
 SEC("tp/syscalls/sys_enter_write")
@@ -606,7 +617,7 @@ int enter_write(struct enter_context *ctx)
 SEC("tp/syscalls/sys_exit_write")
 int exit_write(struct exit_context *ctx)
 {
-	return leave(ctx);
+	return leave(ctx, true);
 }
 
 SEC("tp/syscalls/sys_enter_sendto")
@@ -618,7 +629,7 @@ int enter_sendto(struct enter_context *ctx)
 SEC("tp/syscalls/sys_exit_sendto")
 int exit_sendto(struct exit_context *ctx)
 {
-	return leave(ctx);
+	return leave(ctx, true);
 }
 
 SEC("tp/syscalls/sys_enter_writev")
@@ -630,7 +641,7 @@ int enter_writev(struct enter_context *ctx)
 SEC("tp/syscalls/sys_exit_writev")
 int exit_writev(struct exit_context *ctx)
 {
-	return leave(ctx);
+	return leave(ctx, true);
 }
 
 SEC("tp/syscalls/sys_enter_sendmsg")
@@ -642,7 +653,7 @@ int enter_sendmsg(struct enter_context *ctx)
 SEC("tp/syscalls/sys_exit_sendmsg")
 int exit_sendmsg(struct exit_context *ctx)
 {
-	return leave(ctx);
+	return leave(ctx, true);
 }
 
 SEC("tp/syscalls/sys_enter_sendmmsg")
@@ -654,7 +665,7 @@ int enter_sendmmsg(struct enter_context *ctx)
 SEC("tp/syscalls/sys_exit_sendmmsg")
 int exit_sendmmsg(struct exit_context *ctx)
 {
-	return leave(ctx);
+	return leave(ctx, true);
 }
 
 SEC("tp/syscalls/sys_enter_sendfile64")
@@ -666,7 +677,7 @@ int enter_sendfile64(struct enter_context *ctx)
 SEC("tp/syscalls/sys_exit_sendfile64")
 int exit_sendfile64(struct exit_context *ctx)
 {
-	return leave(ctx);
+	return leave(ctx, true);
 }
 
 /* splice(in, in_offset, out, ...): one end is a pipe, so at most one is a socket. */
@@ -683,7 +694,12 @@ int enter_splice(struct enter_context *ctx)
 SEC("tp/syscalls/sys_exit_splice")
 int exit_splice(struct exit_context *ctx)
 {
-	return leave(ctx);
+	u64 who = bpf_get_current_pid_tgid();
+	struct call *call = bpf_map_lookup_elem(&calls, &who);
+
+	if (!call)
+		return 0;
+	return call->write ? leave(ctx, true) : leave(ctx, false);
 }
 
 static __always_inline int accepted(struct exit_context *ctx)
@@ -769,7 +785,8 @@ int BPF_PROG(state_changed, struct sock *sk, int old_state, int new_state)
 	send_event(ctx, &event);
 	if (new_state != TCP_CLOSE)
 		return 0;
-	if (BPF_CORE_READ(tcp, copied_seq) != connection->rx_next)
+	/* reading the end of the stream moves copied_seq over the FIN, by one */
+	if (BPF_CORE_READ(tcp, copied_seq) - connection->rx_next > 1)
 		count(CNT_UNFOLLOWED_IO);
 	bpf_map_delete_elem(&connections, &key);
 	return 0;

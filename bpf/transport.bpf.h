@@ -21,7 +21,7 @@ struct {
 	__type(value, u64);
 } counts SEC(".maps");
 
-static __always_inline void count(u32 what)
+static __always_inline void count_many(enum count what, u64 how_many)
 {
 	u64 *slot = bpf_map_lookup_elem(&counts, &what);
 
@@ -30,7 +30,12 @@ static __always_inline void count(u32 what)
 	 * atomic even though the slot is this CPU's own.
 	 */
 	if (slot)
-		__sync_fetch_and_add(slot, 1);
+		__sync_fetch_and_add(slot, how_many);
+}
+
+static __always_inline void count(enum count what)
+{
+	count_many(what, 1);
 }
 
 /*

@@ -27,6 +27,8 @@ from probes.errors import FootlightError
 from probes.requests import REASONS, SEEN, RequestsProbe, pick_transport
 
 if TYPE_CHECKING:
+    from collections.abc import Set as AbstractSet
+
     from exporter.config import Address, Config
     from exporter.fronts import Front
 
@@ -54,6 +56,8 @@ def run(config: Config, front: Front, *, transport: str = "auto", wait_for_targe
     if error is not None:
         raise error
     with ExitStack() as stack:
+        # First in, last out: a signal that comes while things are set up or torn down waits for the loop, or is dropped.
+        stack.callback(_unblock_signals, signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS))
         discovery = Discovery(config.services)
         targets = discovery.scan()
         missing = discovery.missing(targets)
@@ -73,8 +77,6 @@ def run(config: Config, front: Front, *, transport: str = "auto", wait_for_targe
         stats = libbpf.enable_run_stats()
         stack.callback(os.close, stats)
         probe.attach()
-        old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, old_mask)
         return _Attacher(config, front, probe, discovery, targets, listener).run()
 
 
@@ -219,6 +221,13 @@ class _Attacher:
                 os.waitpid(self._reader, 0)
                 return
             time.sleep(0.01)
+
+
+def _unblock_signals(old_mask: AbstractSet[int]) -> None:
+    """Give signals back to whoever had them, without those that asked for the end which has come."""
+    while signal.sigtimedwait(_SIGNALS, 0) is not None:
+        pass
+    signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
 
 
 def _listen(address: Address) -> socket.socket:
