@@ -1,0 +1,106 @@
+"""What the two processes of the agent say of themselves, as it crosses between them and into /metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# The attacher reports every second. Ten reports missed in a row is no jitter.
+STALE_NS = 10_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """`count` things lost for one reason since the agent started. Known reasons are reported at zero too."""
+
+    reason: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeStatus:
+    """One wanted probe.
+
+    `events` counts the records that were due, delivered or lost. `cpu_ns` and `runs` are the kernel's BPF run-time
+    statistics over all programs of the probe; None where the kernel does not keep them.
+    `reason` says why the probe is not up; empty when it is.
+    """
+
+    name: str
+    up: bool
+    reason: str
+    events: int
+    cpu_ns: int | None
+    runs: int | None
+    losses: tuple[Loss, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TargetStatus:
+    """One configured service: how many processes of it are followed, and on how many ports they listen."""
+
+    service: str
+    processes: int
+    ports: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessUsage:
+    """One process of the agent. `role` is `attacher` or `reader`.
+
+    `proportional_bytes` is PSS: pages that both processes share count half. None where it cannot be read.
+    """
+
+    role: str
+    pid: int
+    cpu_seconds: float
+    resident_bytes: int
+    proportional_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class AgentStatus:
+    """What the attacher reports. It crosses as JSON: msgspec encodes it, and checks every type when it decodes it.
+
+    `at_ns` is CLOCK_MONOTONIC when it was made. `transport` is `ring` or `perf`.
+    """
+
+    at_ns: int
+    transport: str
+    probes: tuple[ProbeStatus, ...]
+    targets: tuple[TargetStatus, ...]
+    reader_restarts: int
+    processes: tuple[ProcessUsage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeLosses:
+    """What the reader lost of one probe's records. Reasons may be others than the kernel's; the same reasons add up."""
+
+    probe: str
+    losses: tuple[Loss, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderStatus:
+    """What the reader knows of itself. `connections` are those it holds state for now."""
+
+    connections: int
+    losses: tuple[ProbeLosses, ...] = ()
+
+
+def why_not_ready(status: AgentStatus | None, now_ns: int) -> str | None:
+    """One sentence that says why the agent does not measure everything it was asked to; None when it does.
+
+    `now_ns` is CLOCK_MONOTONIC.
+    """
+    if status is None:
+        return "the attacher has not reported yet"
+    age_ns = now_ns - status.at_ns
+    if age_ns > STALE_NS:
+        return f"the attacher has not reported for {age_ns / 1e9:.0f} s"
+    if not status.probes:
+        return "no probe is wanted"
+    down = [f"{probe.name}: {probe.reason or 'not attached'}" for probe in status.probes if not probe.up]
+    if down:
+        return "not attached: " + "; ".join(down)
+    return None

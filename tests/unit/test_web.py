@@ -1,0 +1,163 @@
+"""The HTTP side: paths, negotiation, compression, readiness, and query strings that strangers send."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+import httpx
+import pytest
+
+from exporter.metrics import Format, Metrics
+from exporter.slis import Slis
+from exporter.status import AgentStatus, ProbeStatus
+from exporter.web import create_app
+
+NOW_NS = 7_000_000_000
+UP = AgentStatus(NOW_NS, "ring", (ProbeStatus("requests", True, "", 0, None, None, ()),), (), 0, ())
+DOWN = replace(UP, probes=(ProbeStatus("requests", False, "no <b>tracefs</b>", 0, None, None, ()),))
+
+Get = Callable[..., httpx.Response]
+
+
+def client(status: AgentStatus | None) -> Get:
+    slis = Slis()
+    slis.series("roleplay", "bard", "completions", (), admit=True)
+    app = create_app(Metrics(slis, lambda: status, version="<0.1>"), lambda: status, clock=lambda: NOW_NS)
+
+    def get(url: str, method: str = "GET", **headers: str) -> httpx.Response:
+        async def ask() -> httpx.Response:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://agent") as http:
+                sent = {name.replace("_", "-"): text for name, text in headers.items()}
+                return await http.request(method, url, headers={"accept-encoding": "identity", **sent})
+
+        return asyncio.run(ask())
+
+    return get
+
+
+@pytest.fixture
+def get() -> Get:
+    return client(UP)
+
+
+def test_metrics_in_both_formats(get: Get) -> None:
+    plain = get("/metrics")
+    assert plain.status_code == 200
+    assert plain.headers["content-type"] == Format.TEXT.value
+    assert b"# TYPE llm_requests_total counter\n" in plain.content
+    openmetrics = get("/metrics", accept="application/openmetrics-text;version=1.0.0")
+    assert openmetrics.headers["content-type"] == Format.OPENMETRICS.value
+    assert openmetrics.content.endswith(b"# EOF\n")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "compressed"),
+    [
+        ("gzip", True),
+        ("deflate, GZIP;q=0.5", True),
+        ("*", True),
+        ("gzip;q=0", False),
+        ("gzip; q=0.00", False),
+        ("br", False),
+    ],
+)
+def test_compression_when_it_is_asked_for(get: Get, encoding: str, compressed: bool) -> None:
+    answer = get("/metrics", accept_encoding=encoding)
+    assert answer.headers.get("content-encoding") == ("gzip" if compressed else None)
+    assert answer.content.startswith(b"# HELP llm_requests_total ")  # httpx has decompressed it
+    assert (int(answer.headers["content-length"]) < len(answer.content)) == compressed
+    assert answer.headers["vary"] == "accept, accept-encoding"
+
+
+def test_a_short_answer_is_not_compressed(get: Get) -> None:
+    answer = get("/metrics?name[]=llm_requests_total", accept_encoding="gzip")
+    assert "content-encoding" not in answer.headers
+    assert answer.text.count("# TYPE") == 1
+
+
+def test_names_choose_families(get: Get) -> None:
+    text = get("/metrics?name[]=llm_requests_total&name%5B%5D=footlight_build_info").text
+    assert [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")] == [
+        "llm_requests_total",
+        "footlight_build_info",
+    ]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "name[]=%ff%fe",
+        "name[]=%ED%A0%80",
+        "name[]=%00",
+        "name[]",
+        "&&&=",
+        "%",
+        "name[]=" + "a" * 60_000,
+        "name[]=x&" * 7_001,
+    ],
+)
+def test_hostile_query_strings_are_answered(get: Get, query: str) -> None:
+    assert get(f"/metrics?{query}").status_code == 200
+
+
+def test_health_and_readiness(get: Get) -> None:
+    assert (get("/-/healthy").status_code, get("/-/healthy").text) == (200, "healthy\n")
+    assert (get("/-/ready").status_code, get("/-/ready").text) == (200, "ready\n")
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        (None, "the attacher has not reported yet\n"),
+        (DOWN, "not attached: requests: no <b>tracefs</b>\n"),
+        (replace(UP, at_ns=NOW_NS - 13_000_000_000), "the attacher has not reported for 13 s\n"),
+    ],
+)
+def test_readiness_says_why_not(status: AgentStatus | None, reason: str) -> None:
+    get = client(status)
+    answer = get("/-/ready")
+    assert (answer.status_code, answer.text) == (503, reason)
+    assert answer.headers["content-type"].startswith("text/plain")
+    assert get("/-/healthy").status_code == 200
+    assert get("/metrics").status_code == 200
+
+
+def test_the_landing_page_links_what_there_is_and_escapes(get: Get) -> None:
+    answer = get("/")
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    for path in ("metrics", "-/ready", "-/healthy"):
+        assert f'<a href="{path}">' in answer.text
+        assert get(f"/{path}").status_code == 200
+    assert "&lt;0.1&gt;" in answer.text
+    down = client(DOWN)("/").text
+    assert "no &lt;b&gt;tracefs&lt;/b&gt;" in down
+    assert 'class="state bad"' in down
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/metrics/", "/-/", "/../etc/passwd", "/%2e%2e/x"])
+def test_what_is_not_there_is_404(get: Get, path: str) -> None:
+    answer = get(path)
+    assert answer.status_code == 404
+    assert "/metrics" in answer.text
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
+@pytest.mark.parametrize("path", ["/metrics", "/", "/-/ready"])
+def test_other_methods_are_405(get: Get, path: str, method: str) -> None:
+    answer = get(path, method)
+    assert answer.status_code == 405
+    assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD"}
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/", "/-/ready", "/-/healthy"])
+def test_head_is_get_without_the_body(get: Get, path: str) -> None:
+    answer = get(path, "HEAD")
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/", "/nothing"])
+def test_every_answer_carries_the_safe_headers(get: Get, path: str) -> None:
+    headers = get(path).headers
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["content-security-policy"].startswith("default-src 'none'")
+    assert headers["cache-control"] == "no-store"
