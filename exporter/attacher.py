@@ -102,6 +102,7 @@ class _Attacher:
         self._socket: socket.socket | None = None
         self._usage: tuple[ProcessUsage, ...] = ()
         self._rounds = 0
+        self._warned = False
 
     def run(self) -> int:
         """Supervise until the end; returns the exit status."""
@@ -149,6 +150,7 @@ class _Attacher:
                 for usage in (_usage("attacher", os.getpid()), _usage("reader", self._reader))
                 if usage is not None
             )
+            self._watch_memory()
         self._rounds += 1
         followed = Counter(self._probe.targets().values())
         ports = Counter(self._targets.ports.values())
@@ -173,6 +175,14 @@ class _Attacher:
             reader_restarts=self._restarts,
             processes=self._usage,
         )
+
+    def _watch_memory(self) -> None:
+        """Say once that the agent uses more memory than it was given. Nothing is dropped for it."""
+        used = sum(usage.proportional_bytes or 0 for usage in self._usage)
+        limit = self._config.limits.memory
+        if used > limit and not self._warned:
+            self._warned = True
+            log.warning("the agent uses %d MiB, more than limits.memory (%d MiB)", used >> 20, limit >> 20)
 
     # ---- the reader ----
 

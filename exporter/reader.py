@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import logging
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -30,10 +31,10 @@ from probes.records import RequestRecords
 if TYPE_CHECKING:
     from exporter.parting import Inheritance
 
-BUSY_S: Final = 0.02
-"""Pause between two looks at the rings while there is something in them."""
-IDLE_S: Final = 0.05
-"""The same while there is nothing."""
+SHORTEST_PAUSE_S: Final = 0.05
+"""Between two looks at the rings while there is little in them: nobody reads a table faster."""
+LONGEST_PAUSE_S: Final = 0.25
+"""The same at the most: the rings of the default limits hold what 100,000 frames a second leave in that time."""
 TICK_S: Final = 0.25
 _MAX_STATUS_BYTES: Final = 1 << 20
 
@@ -67,11 +68,13 @@ class Reader:
         self.metrics = Metrics(self.slis, lambda: self.status, self._own_status)
         self._status_socket = given.status_socket
         self._listener = given.listener
-        self._stopping = asyncio.Event()
+        self._cpu_limit = limits.cpu
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def stop(self) -> None:
         """End the agent in good order, with exit status 0, soon after this call."""
-        self._stopping.set()
+        if not self._ended.done():
+            self._ended.set_result(None)
 
     async def run(self) -> None:
         """Drain, decode and serve until `stop`, SIGTERM, SIGINT, or the attacher's end of the socket closes."""
@@ -82,16 +85,21 @@ class Reader:
         loop.add_reader(self._status_socket.fileno(), self._take_status)
         async with asyncio.TaskGroup() as tasks:
             server = self._start_server(tasks)
-            tasks.create_task(self._tick())
             self._front.started(self)
-            await self._drain()
-            if server is not None:
-                server.should_exit = True
+            self._drain()
+            self._tick()
+            try:
+                await self._ended
+            finally:
+                if server is not None:
+                    server.should_exit = True
+        self._records.drain(self._conversations)
         self._front.stopped(self)
 
     def _start_server(self, tasks: asyncio.TaskGroup) -> _Server | None:
         if self._listener is None:
             return None
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
         app = create_app(self.metrics, lambda: self.status)
         server = _Server(
             uvicorn.Config(
@@ -111,21 +119,38 @@ class Reader:
         tasks.create_task(server.serve(sockets=[self._listener]))
         return server
 
-    async def _drain(self) -> None:
-        while not self._stopping.is_set():
-            busy = self._records.drain(self._conversations)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), BUSY_S if busy else IDLE_S)
-        self._records.drain(self._conversations)
+    def _drain(self) -> None:
+        """Look at the rings, and again after a pause that keeps the looking below `limits.cpu`.
 
-    async def _tick(self) -> None:
-        while not self._stopping.is_set():
-            now_ns = time.monotonic_ns()
+        Fewer looks find more records each, which costs less in all; no record is ever passed over to save time.
+        """
+        began = time.process_time()
+        with self._failing():
+            self._records.drain(self._conversations)
+        pause = (time.process_time() - began) / self._cpu_limit
+        self._call_later(min(max(pause, SHORTEST_PAUSE_S), LONGEST_PAUSE_S), self._drain)
+
+    def _tick(self) -> None:
+        now_ns = time.monotonic_ns()
+        with self._failing():
             self._conversations.sweep(now_ns)
             self.slis.tick(now_ns)
             self._front.tick(self)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), TICK_S)
+        self._call_later(TICK_S, self._tick)
+
+    def _call_later(self, pause_s: float, call: Callable[[], None]) -> None:
+        if not self._ended.done():
+            asyncio.get_running_loop().call_later(pause_s, call)
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Whatever goes wrong inside ends the reader, loudly: the loop would only log it and go on without data."""
+        try:
+            yield
+        except Exception as error:
+            if self._ended.done():
+                raise
+            self._ended.set_exception(error)
 
     def _take_status(self) -> None:
         try:
