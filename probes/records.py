@@ -7,6 +7,7 @@ before the streams were looked at is left for the next time: an older one may st
 from __future__ import annotations
 
 import ipaddress
+import mmap
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -169,7 +170,7 @@ def _source(channels: Channels, channel: Channel, stack: ExitStack) -> transport
         source = transport.RingSource(fd, channel.size, dtype)
     else:
         order = "seen_ns" if "seen_ns" in (dtype.names or ()) else "header.seen_ns"
-        source = transport.PerfSource(channel.fds, channel.size // 4096, dtype, order_field=order)
+        source = transport.PerfSource(channel.fds, channel.size // mmap.PAGESIZE, dtype, order_field=order)
     stack.callback(source.close)
     return source
 

@@ -6,6 +6,7 @@ No captured byte passes through here: the records go from the kernel to the read
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 from collections.abc import Mapping
@@ -21,7 +22,6 @@ from probes.errors import HostError
 OBJECT: Final = Path(__file__).parent / "objects" / "requests.bpf.o"
 """The compiled probe; built with the package."""
 
-PAGE: Final = 4096
 _CALLS_PER_CONNECTION: Final = 2
 _U32: Final = struct.Struct("=I")
 _U64: Final = struct.Struct("=Q")
@@ -218,11 +218,11 @@ class RequestsProbe:
     def _channel(self, stream: str, record: str, stack: ExitStack) -> Channel:
         if self._transport is Transport.RING:
             return Channel(record, (self._object.map(f"{stream}_ring").fd,), self._sizes[stream])
-        pages = max(16, self._sizes[stream] // PAGE // libbpf.possible_cpus())
+        pages = max(16, self._sizes[stream] // mmap.PAGESIZE // libbpf.possible_cpus())
         pages = 1 << (pages.bit_length() - 1)
         fds = perf_buffers.open_perf_buffers(self._object.map(f"{stream}_perf"), pages)
         stack.callback(_close_all, fds)
-        return Channel(record, tuple(fds), pages * PAGE)
+        return Channel(record, tuple(fds), pages * mmap.PAGESIZE)
 
     def _follow_ports(self, ports: Mapping[tuple[int, int], int]) -> None:
         table, bits = self._object.map("ports"), self._object.map("port_bits")

@@ -1,0 +1,1 @@
+"""How many records a second each kind of reader takes, and what that costs it in CPU time."""

@@ -1,0 +1,341 @@
+"""Finds the processes that belong to each service, and the TCP ports they listen on.
+
+What each condition of a rule means (all that are given must hold; with several values, one of them):
+
+pid      the process, and every process that it started (directly or not).
+port     the process holds a TCP socket that listens on the port, in its own network namespace, IPv4 or IPv6.
+         Workers that inherited the socket hold it too. Processes that only hold or forward it for others
+         (`FORWARDERS`) do not count.
+exe      the executable: with a slash its path (as given, or with symbolic links resolved), else its file name.
+         A script's executable is its interpreter: use cmdline for scripts.
+cmdline  the arguments, joined by spaces, contain the text. The agent itself, what started it and other
+         Footlight agents do not count: their arguments name the target without being it.
+cgroup   the process is in the cgroup or below it, whole path components, version 1 or 2; the path may begin with
+         where the hierarchy is mounted.
+
+A process that once held the port stays with its service until it ends or executes another program: a worker
+that shuts down gracefully closes the listening socket first and still has responses to finish.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Protocol
+
+from probes.errors import TargetError
+from probes.procfs import ProcFs
+from probes.sockdiag import ListenerTable
+
+FORWARDERS: Final = frozenset({"systemd", "docker-proxy", "rootlesskit", "rootlessport", "slirp4netns", "pasta"})
+"""File names of programs that hold a service's listening socket, or one of their own in front of it, and are not it."""
+
+_YOUNG_SCANS: Final = 4
+"""A new process is read anew in its first scans: it may be between fork and exec, or not yet in its cgroup."""
+_REFRESH_SCANS: Final = 30
+"""Every process is read anew once in so many scans, for what the cheap test (the executable) does not show."""
+_CGROUP_MOUNT: Final = "/sys/fs/cgroup/"
+
+
+class Match(Protocol):
+    """The conditions of a rule; an empty tuple is a condition that is not given."""
+
+    @property
+    def pid(self) -> tuple[int, ...]: ...  # noqa: D102 - the module's docstring defines each one
+    @property
+    def port(self) -> tuple[int, ...]: ...  # noqa: D102 - as above
+    @property
+    def exe(self) -> tuple[str, ...]: ...  # noqa: D102 - as above
+    @property
+    def cmdline(self) -> tuple[str, ...]: ...  # noqa: D102 - as above
+    @property
+    def cgroup(self) -> tuple[str, ...]: ...  # noqa: D102 - as above
+
+
+class Service(Protocol):
+    """What discovery needs to know about a configured service."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102 - its name
+    @property
+    def match(self) -> Match: ...  # noqa: D102 - its rule
+
+
+class Listeners(Protocol):
+    """Tells what listens in a network namespace. `probes.sockdiag.ListenerTable` is the one for real hosts."""
+
+    def listeners(self, namespace: int, pid: int) -> dict[int, int]:
+        """Socket inode -> port in `namespace`, of which `pid` is a member."""
+
+    def forget(self, alive: set[int]) -> None:
+        """No process is in any other namespace than these any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What one scan found: service indexes by process id, and by (network namespace inode, TCP port)."""
+
+    processes: dict[int, int]
+    ports: dict[tuple[int, int], int]
+
+
+@dataclass(slots=True)
+class _Process:
+    exe: str | None
+    start: int
+    parent: int
+    arguments: tuple[str, ...]
+    namespace: int | None
+    services: tuple[int, ...]  # those of which every condition but the port holds
+    first_scan: int
+    fresh: bool = True  # read anew in this scan
+    ports: set[int] = field(default_factory=set)  # that it listens on, or did since it was first seen
+
+    def is_same_program(self, other: _Process) -> bool:
+        return self.start == other.start and self.exe == other.exe and self.arguments == other.arguments
+
+
+class Discovery:
+    """Watches /proc for processes that match the services' rules.
+
+    Call `scan` once a second. A scan reads one link for each process, and more only for those that are new or changed.
+    `own` are processes that never match: the agent's. `listeners` is the source of listening sockets.
+    """
+
+    def __init__(
+        self,
+        services: Sequence[Service],
+        proc: Path = Path("/proc"),
+        listeners: Listeners | None = None,
+        own: Iterable[int] | None = None,
+    ) -> None:
+        self._fs: Final = ProcFs(proc)
+        self._listeners: Final[Listeners] = ListenerTable(self._fs) if listeners is None else listeners
+        self._own: Final = {os.getpid()} if own is None else set(own)
+        self._services: Final = tuple(services)
+        self._rules: Final = tuple(_Rule(service.match) for service in services)
+        self._known: dict[int, _Process | None] = {}  # None: a kernel thread, which never matches
+        self._tables: dict[int, dict[int, int]] = {}
+        self._scans = 0
+        self._namers: Final = self._ancestors()
+
+    def ignore(self, pid: int) -> None:
+        """Never match this process: the agent's reader, for one."""
+        self._own.add(pid)
+        self._known.pop(pid, None)
+
+    def scan(self) -> Targets:
+        """Return the processes and ports of every service now. Where two services match, the first one has it.
+
+        Raises OSError when /proc cannot be listed.
+        """
+        self._scans += 1
+        self._read_processes(self._fs.pids())
+        self._read_ports()
+        processes: dict[int, int] = {}
+        ports: dict[tuple[int, int], int] = {}
+        for pid, process in self._known.items():
+            if process is None or not process.services:
+                continue
+            for index in process.services:
+                served = self._rules[index].served(process.ports)
+                if served is None:
+                    continue
+                processes[pid] = index
+                for port in served:
+                    if process.namespace is not None:
+                        key = (process.namespace, port)
+                        ports[key] = min(index, ports.get(key, index))
+                break
+        return Targets(processes, ports)
+
+    def missing(self, targets: Targets) -> TargetError | None:
+        """Say why there is nothing to watch, from the last scan; None where a process was found.
+
+        The text names what was asked for and what is there instead.
+        """
+        if targets.processes:
+            return None
+        asked = " or ".join(f"{service.match}" for service in self._services) or "nothing"
+        return TargetError(f"no process matches {asked}", " ".join(self._hints()) or "check that the service runs")
+
+    # ---- processes ----
+
+    def _read_processes(self, pids: list[int]) -> None:
+        known = self._known
+        for pid in known.keys() - set(pids):
+            del known[pid]
+        for pid in pids:
+            before = known.get(pid)
+            if before is not None:
+                before.fresh = False
+                exe = self._fs.exe(pid)
+                young = self._scans - before.first_scan <= _YOUNG_SCANS
+                if exe == before.exe and not young and (pid + self._scans) % _REFRESH_SCANS:
+                    continue
+            elif pid in self._own or (pid in known and (pid + self._scans) % _REFRESH_SCANS):
+                continue
+            self._read_process(pid, before)
+
+    def _read_process(self, pid: int, before: _Process | None) -> None:
+        stat = self._fs.stat(pid)
+        if stat is None or stat.kernel_thread or stat.state in {"Z", "X"}:
+            if stat is not None and stat.kernel_thread:
+                self._known[pid] = None
+            else:
+                self._known.pop(pid, None)
+            return
+        now = _Process(
+            exe=self._fs.exe(pid),
+            start=stat.start,
+            parent=stat.parent,
+            arguments=self._fs.cmdline(pid),
+            namespace=self._fs.network_namespace(pid),
+            services=(),
+            first_scan=self._scans,
+        )
+        if before is not None and now.is_same_program(before):
+            now.first_scan, now.ports = before.first_scan, before.ports
+        now.services = tuple(index for index, rule in enumerate(self._rules) if self._holds(rule, pid, now))
+        self._known[pid] = now
+
+    def _holds(self, rule: _Rule, pid: int, process: _Process) -> bool:
+        if rule.pid and not self._descends(pid, process.parent, rule.pid):
+            return False
+        if rule.exe and not rule.is_exe(process.exe):
+            return False
+        if rule.port and _file_name(process.exe) in FORWARDERS:
+            return False
+        if rule.cmdline and (pid in self._namers or not rule.is_cmdline(process.arguments)):
+            return False
+        return not rule.cgroup or rule.is_cgroup(self._fs.cgroups(pid))
+
+    def _descends(self, pid: int, parent: int, wanted: frozenset[int]) -> bool:
+        for _ in range(64):  # deeper trees are cut: a pid that is reused during the walk could make it a circle
+            if pid in wanted:
+                return True
+            if parent <= 0:
+                return False
+            pid = parent
+            above = self._known.get(pid)
+            stat = None if above is not None else self._fs.stat(pid)
+            parent = above.parent if above is not None else stat.parent if stat is not None else 0
+        return False
+
+    def _ancestors(self) -> frozenset[int]:
+        found: set[int] = set()
+        above = [stat.parent for pid in self._own if (stat := self._fs.stat(pid)) is not None]
+        while above:
+            pid = above.pop()
+            if pid > 0 and pid not in found:
+                found.add(pid)
+                stat = self._fs.stat(pid)
+                above += [stat.parent] if stat is not None else []
+        return frozenset(found)
+
+    # ---- ports ----
+
+    def _read_ports(self) -> None:
+        members: dict[int, list[int]] = {}
+        for pid, process in self._known.items():
+            if process is not None and process.services and process.namespace is not None:
+                members.setdefault(process.namespace, []).append(pid)
+        tables: dict[int, dict[int, int]] = {}
+        for namespace, pids in members.items():
+            table = self._listeners.listeners(namespace, pids[-1])
+            tables[namespace] = table
+            opened = table.items() - self._tables.get(namespace, {}).items()
+            for pid in pids:
+                self._read_ports_of(pid, table, {port for _, port in opened})
+        self._tables = tables
+        self._listeners.forget(set(tables))
+
+    def _read_ports_of(self, pid: int, table: Mapping[int, int], opened: set[int]) -> None:
+        # Listing descriptors is the dear part: only when a port that matters was opened, or the process is new.
+        process = self._known[pid]
+        if process is None:
+            return
+        rules = [self._rules[index] for index in process.services]
+        if not process.fresh and not any(rule.wants(opened) for rule in rules):
+            return
+        if not any(rule.wants(table.values()) for rule in rules):
+            return
+        process.ports.update(table[inode] for inode in self._fs.sockets(pid) & table.keys())
+
+    # ---- what to say when there is nothing ----
+
+    def _hints(self) -> list[str]:
+        hints: list[str] = []
+        rules = self._rules
+        if any(rule.port for rule in rules):
+            ports = sorted({port for table in self._tables.values() for port in table.values()})
+            shown = ", ".join(map(str, ports[:12])) + (", ..." if len(ports) > 12 else "")
+            hints.append(f"TCP ports that are listened on: {shown or 'none'}.")
+        if any(rule.exe for rule in rules):
+            names = {_file_name(process.exe) for process in self._known.values() if process is not None and process.exe}
+            shown = ", ".join(sorted(names)[:12]) + (", ..." if len(names) > 12 else "")
+            hints.append(f"executables that run: {shown}; a script is found by its arguments (cmdline).")
+        if any(rule.pid for rule in rules):
+            hints.append("a process id belongs to one run of a program: `ps -ef` shows those of now.")
+        if any(rule.cmdline for rule in rules):
+            hints.append("`ps -eo pid,args` shows the arguments that are searched.")
+        if any(rule.cgroup for rule in rules):
+            hints.append("`systemd-cgls` or /proc/PID/cgroup shows the paths.")
+        return hints
+
+
+class _Rule:
+    """The conditions of a service, made ready for many comparisons."""
+
+    __slots__ = ("cgroup", "cmdline", "exe", "exe_names", "exe_paths", "pid", "port")
+
+    def __init__(self, match: Match) -> None:
+        self.pid: Final = frozenset(match.pid)
+        self.port: Final = frozenset(match.port)
+        self.exe: Final = bool(match.exe)
+        paths = [text for text in match.exe if "/" in text]
+        self.exe_paths: Final = frozenset((*paths, *(os.path.realpath(path) for path in paths)))
+        self.exe_names: Final = frozenset(text for text in match.exe if "/" not in text)
+        self.cmdline: Final = match.cmdline
+        self.cgroup: Final = tuple(path for text in match.cgroup for path in _cgroup_paths(text))
+
+    def is_exe(self, exe: str | None) -> bool:
+        return exe is not None and (exe in self.exe_paths or _file_name(exe) in self.exe_names)
+
+    def is_cmdline(self, arguments: tuple[str, ...]) -> bool:
+        text = " ".join(arguments)
+        return not _is_agent(arguments) and any(part in text for part in self.cmdline)
+
+    def is_cgroup(self, paths: tuple[str, ...]) -> bool:
+        return any(path == wanted or path.startswith(wanted + "/") for path in paths for wanted in self.cgroup)
+
+    def wants(self, ports: Iterable[int]) -> bool:
+        """Whether one of these listening ports can make a difference."""
+        return not self.port.isdisjoint(ports) if self.port else any(True for _ in ports)
+
+    def served(self, ports: set[int]) -> set[int] | None:
+        """The ports that count for the service, of those that a process listens on; None: it does not belong."""
+        if not self.port:
+            return ports
+        return ports & self.port or None
+
+
+def _file_name(path: str | None) -> str:
+    return "" if path is None else path.rpartition("/")[2]
+
+
+def _is_agent(arguments: tuple[str, ...]) -> bool:
+    return any(_file_name(argument) == "footlight" for argument in arguments[:2])
+
+
+def _cgroup_paths(text: str) -> tuple[str, ...]:
+    """The paths within a hierarchy that a path stands for, with or without where it is mounted; "" is the root."""
+    inside = text.strip("/")
+    if not text.startswith(_CGROUP_MOUNT):
+        return (f"/{inside}" if inside else "",)
+    inside = text.removeprefix(_CGROUP_MOUNT).strip("/")
+    # below the mount, version 1 has the controller's name first, version 2 has nothing
+    below = inside.partition("/")[2]
+    return tuple(f"/{path}" for path in (inside, below) if path) or ("",)
