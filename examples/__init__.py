@@ -1,0 +1,1 @@
+"""Services that Footlight can watch, small enough to run beside it."""

@@ -1,0 +1,1 @@
+"""A small role-play service: real transformers with random weights behind an OpenAI-compatible API."""
