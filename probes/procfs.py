@@ -92,8 +92,8 @@ class ProcFs:
     def listeners(self, pid: int) -> dict[int, int]:
         """Socket inode -> port of the TCP sockets that listen in the network namespace of `pid`, IPv4 and IPv6.
 
-        The kernel walks its whole connection table for this: 2 ms a call on a host with 24 GB of memory, however
-        few connections there are. `probes.sockdiag` asks for the listening ones alone.
+        The kernel walks its whole connection table for this, however few connections there are: milliseconds.
+        `probes.sockdiag` asks for the listening ones alone, and says what each costs.
         """
         found: dict[int, int] = {}
         for table in ("tcp", "tcp6"):

@@ -1,0 +1,28 @@
+"""`footlight run`: the exporter."""
+
+from __future__ import annotations
+
+import logging
+
+import click
+
+from exporter.cli.options import Request, agent_options
+
+
+@click.command(short_help="Measure and serve /metrics.")
+@agent_options(serves=True, level=logging.INFO)
+def run(asked: Request) -> int:
+    """Attach, measure, and serve /metrics until Ctrl-C or SIGTERM.
+
+    Needs root. The process that decodes traffic gives its privileges up before it reads the first byte. Also served:
+    /-/healthy, and /-/ready, which is 200 once every wanted probe is attached.
+
+    \b
+    Examples:
+      footlight run --port 8000
+      footlight run --config /etc/footlight.yaml --listen :9466
+    """
+    from exporter import attacher
+    from exporter.fronts import ServeFront
+
+    return attacher.run(asked.config, ServeFront(), transport=asked.transport, wait_for_targets=asked.waits)

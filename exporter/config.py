@@ -1,0 +1,599 @@
+"""What the user asked for: the configuration file and the target options, checked and typed.
+
+The file is YAML. Everything that is not allowed is refused with its path, its line and what is allowed:
+unknown keys, wrong types, impossible values, duplicate keys, aliases, tags, more than one document.
+The privileged attacher imports this module, so PyYAML is imported only when a file is read.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+
+import msgspec
+
+from exporter.labels import OTHER, RESERVED
+from probes.errors import ConfigError
+
+if TYPE_CHECKING:
+    import yaml
+
+T = TypeVar("T")
+
+DEFAULT_PORT: Final = 9466
+NONE: Final = "_none"
+"""Label value of a request without the header."""
+
+MAX_FILE_BYTES: Final = 1 << 20
+MAX_DEPTH: Final = 32
+MAX_SERVICES: Final = 64
+MAX_LABELS: Final = 4
+MAX_LABEL_VALUES: Final = 32
+MAX_TEXT: Final = 4096
+MAX_PID: Final = 1 << 22
+
+_SERVICE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}")
+_LABEL_NAME: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9_]{0,62}")
+_HEADER_NAME: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}")
+_WHOLE: Final = re.compile(r"[0-9]{1,18}")
+_HOST_NAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?")
+_DECIMAL: Final = re.compile(r"[0-9]{1,15}(\.[0-9]{1,9})?")
+_SIZE: Final = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([A-Za-z]+)")
+_SIZE_UNITS: Final = {
+    "B": 1,
+    "kB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+}
+_ON: Final = frozenset({"on", "true", "yes"})
+_OFF: Final = frozenset({"off", "false", "no"})
+
+RESERVED_LABELS: Final = RESERVED | frozenset("service stage env type probe instance job".split())
+"""Label names that the metrics use themselves, that Prometheus adds, or that would clash in dashboards."""
+
+
+class Address(msgspec.Struct, frozen=True):
+    """Where to listen. An empty host means every interface; port 0 means one that is free."""
+
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+
+    def __str__(self) -> str:
+        """Return `host:port`, with brackets around an IPv6 host."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class Match(msgspec.Struct, frozen=True):
+    """Which processes belong to a service.
+
+    Every condition that is given must hold; a condition with several values holds when one of them does.
+    What each condition means is defined in `probes.discovery`.
+    """
+
+    pid: tuple[int, ...] = ()
+    port: tuple[int, ...] = ()
+    exe: tuple[str, ...] = ()
+    cmdline: tuple[str, ...] = ()
+    cgroup: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """Return the conditions as the user would write them, such as `port 8000 and exe uvicorn`."""
+        given = ((name, getattr(self, name)) for name in self.__struct_fields__)
+        return " and ".join(f"{name} {' or '.join(map(str, values))}" for name, values in given if values)
+
+
+class HeaderLabel(msgspec.Struct, frozen=True):
+    """An extra label taken from a request header. `header` is lower-case."""
+
+    header: str
+    values: tuple[str, ...]
+
+    def value_of(self, raw: bytes | None) -> str:
+        """Return the label value for a header's bytes: one of `values`, `_other`, or `_none` without the header."""
+        if raw is None:
+            return NONE
+        text = raw.strip().decode("latin-1")
+        return text if text in self.values else OTHER
+
+
+class Service(msgspec.Struct, frozen=True):
+    """A service to watch: its name in the `service_name` label, its processes, its extra labels."""
+
+    name: str
+    match: Match
+    labels: dict[str, HeaderLabel] = {}
+
+
+class Probes(msgspec.Struct, frozen=True):
+    """Which probes are wanted."""
+
+    requests: bool = True
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What the agent may use. `memory` is in bytes, PSS of both processes; `cpu` is a fraction of one CPU."""
+
+    models_per_service: int = 64
+    connections: int = 65536
+    memory: int = 120 * 2**20
+    cpu: float = 0.02
+
+
+class Config(msgspec.Struct, frozen=True):
+    """Everything the agent was asked to do."""
+
+    listen: Address = Address()
+    services: tuple[Service, ...] = ()
+    probes: Probes = Probes()
+    limits: Limits = Limits()
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the configured labels of all services, sorted. A service without one of them has the value ``."""
+        return tuple(sorted({name for service in self.services for name in service.labels}))
+
+
+def load(path: str | os.PathLike[str]) -> Config:
+    """Read and check a configuration file.
+
+    Raises `ConfigError` with `path` and, where there is one, the 1-based `line`.
+    """
+    name = os.fspath(path)
+    return _config(_document(_read_text(name), name))
+
+
+def parse(text: str, path: str = "<config>") -> Config:
+    """Check a configuration given as text; `path` is only named in errors. Raises `ConfigError`."""
+    return _config(_document(text, path))
+
+
+def from_options(
+    *,
+    pid: Sequence[int] = (),
+    port: Sequence[int] = (),
+    exe: Sequence[str] = (),
+    cgroup: Sequence[str] = (),
+    cmdline: Sequence[str] = (),
+    service: str | None = None,
+    listen: str | None = None,
+) -> Config:
+    """Return the configuration that target options on the command line stand for: one service.
+
+    Without `service` its name is made from the first condition, such as `port-8000`. Raises `ConfigError`.
+    """
+    match = Match(tuple(pid), tuple(port), tuple(exe), tuple(cmdline), tuple(cgroup))
+    if match == Match():
+        raise ConfigError(
+            "no target is named", "name one with --port, --pid, --exe, --cmdline or --cgroup, or give --config FILE"
+        )
+    for number in match.pid:
+        _check(1 <= number <= MAX_PID, f"pid {number} is out of range", f"give a process id from 1 to {MAX_PID}")
+    for number in match.port:
+        _check(1 <= number <= 65535, f"port {number} is out of range", "give a TCP port from 1 to 65535")
+    for text in (*match.exe, *match.cmdline, *match.cgroup):
+        _check(_is_plain_text(text), f"{text!r} cannot match any process", "give text without control characters")
+    if service is not None and not _SERVICE_NAME.fullmatch(service):
+        raise ConfigError(f"{service!r} is not a service name", _SERVICE_NAME_RULE)
+    address = Address() if listen is None else parse_address(listen)
+    return Config(listen=address, services=(Service(service or _name_for(match), match),))
+
+
+def parse_address(text: str) -> Address:
+    """Parse `HOST:PORT`, `[IPV6]:PORT` or `:PORT` (every interface). Raises `ConfigError`."""
+    host, colon, port = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if bracketed:
+        host = host[1:-1]
+    if not colon or not _WHOLE.fullmatch(port) or int(port) > 65535 or not _is_host(host, bracketed):
+        raise ConfigError(
+            f"{text!r} is not an address to listen on",
+            "write HOST:PORT with a port from 0 to 65535, "
+            f"such as 127.0.0.1:{DEFAULT_PORT}, [::1]:{DEFAULT_PORT} or :{DEFAULT_PORT}",
+        )
+    return Address(host, int(port))
+
+
+def parse_size(text: str) -> int:
+    """Parse a size with its unit (B, kB, MB, GB, KiB, MiB, GiB) into bytes. Raises `ValueError`."""
+    found = _SIZE.fullmatch(text)
+    if found is None or found[2] not in _SIZE_UNITS:
+        raise ValueError(text)
+    return round(float(found[1]) * _SIZE_UNITS[found[2]])
+
+
+def parse_percent(text: str) -> float:
+    """Parse a percentage such as `2%` into a fraction. Raises `ValueError`."""
+    if not text.endswith("%") or not _DECIMAL.fullmatch(text[:-1].rstrip(" ")):
+        raise ValueError(text)
+    return float(text[:-1]) / 100
+
+
+_SERVICE_NAME_RULE: Final = "use 1 to 63 of A-Z a-z 0-9 . _ / - and begin with a letter or digit"
+
+
+def _check(holds: bool, what: str, next_step: str) -> None:
+    if not holds:
+        raise ConfigError(what, next_step)
+
+
+def _is_plain_text(text: str) -> bool:
+    return 0 < len(text) <= MAX_TEXT and text.isprintable()
+
+
+def _is_host(host: str, bracketed: bool) -> bool:
+    try:
+        return (ipaddress.ip_address(host).version == 6) == bracketed
+    except ValueError:
+        return not bracketed and (host == "" or _HOST_NAME.fullmatch(host) is not None)
+
+
+def _name_for(match: Match) -> str:
+    for text in (*match.exe, *match.cgroup, *match.cmdline):
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", text.rstrip("/").rpartition("/")[2]).lstrip("._-")[:63]
+        if name:
+            return name
+    return f"port-{match.port[0]}" if match.port else f"pid-{match.pid[0]}" if match.pid else "service"
+
+
+# ---- the file, down to a tree of nodes that know where they stand ----
+
+
+def _read_text(path: str) -> str:
+    # O_NONBLOCK: opening a FIFO that nobody writes to would otherwise hang for ever.
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(
+            f"cannot read the configuration: {reason}", "check the path given with --config", path
+        ) from error
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ConfigError("the configuration is not a regular file", "name a YAML file with --config", path)
+        with open(fd, "rb", closefd=False) as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
+    finally:
+        os.close(fd)
+    if len(raw) > MAX_FILE_BYTES:
+        raise ConfigError(
+            f"the configuration is larger than {MAX_FILE_BYTES} bytes", "name a Footlight YAML file", path
+        )
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"byte {error.start} is not UTF-8", "save the file as UTF-8", path, line) from error
+
+
+def _document(text: str, path: str) -> _Value:
+    import yaml  # noqa: PLC0415 - 1.1 MiB that an agent started with --port need not hold
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        _refuse_traps(yaml.parse(text, Loader=loader), path)
+        root = yaml.compose(text, Loader=loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        problem = error.problem or error.context or "it cannot be parsed"
+        what, step = f"not valid YAML: {problem}", "correct the line, or the one before it"
+        if "expected a single document" in str(error):
+            what, step = (
+                "there is more than one YAML document",
+                "keep one document: remove the `---` and what follows it",
+            )
+        elif mark is not None and _char_at(text, mark.line, mark.column) == "\t":
+            what, step = "a tab stands where YAML wants spaces", "indent with spaces"
+        raise ConfigError(what, step, path, None if mark is None else mark.line + 1) from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1 if isinstance(error.position, int) else None
+        raise ConfigError(
+            "a character is not allowed in YAML", "remove control characters from the file", path, line
+        ) from error
+    if root is None:
+        raise ConfigError(
+            "the configuration is empty", "name at least one service: see the README for an example", path, 1
+        )
+    return _Value(root, "", path)
+
+
+def _char_at(text: str, line: int, column: int) -> str:
+    lines = text.splitlines()
+    return lines[line][column : column + 1] if line < len(lines) else ""
+
+
+def _refuse_traps(events: Iterable[yaml.Event], path: str) -> None:
+    """Refuse what a configuration never needs, before anything recursive walks it.
+
+    Aliases can make a small file enormous, tags can name types, and nesting can exhaust the stack.
+    """
+    import yaml  # noqa: PLC0415 - as above
+
+    depth = 0
+    for event in events:
+        line = event.start_mark.line + 1 if event.start_mark else None
+        if isinstance(event, yaml.AliasEvent):
+            raise ConfigError(f"the alias *{event.anchor} is not allowed", "write the value out", path, line)
+        if isinstance(event, yaml.NodeEvent) and getattr(event, "tag", None) not in (None, "!"):
+            raise ConfigError("a YAML tag (!...) is not allowed", "remove the tag", path, line)
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise ConfigError(
+                    f"nested more than {MAX_DEPTH} deep", "see the README for the form of the file", path, line
+                )
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """A YAML node, with the place where it stands: `at` such as `services[0].match`, and its file."""
+
+    node: Any  # a yaml.Node; its type stubs know neither `id` nor `style`
+    at: str
+    path: str
+
+    def fail(self, what: str, next_step: str) -> NoReturn:
+        raise ConfigError(
+            f"{self.at}: {what}" if self.at else what, next_step, self.path, self.node.start_mark.line + 1
+        )
+
+    def keys(self) -> dict[str, _Value]:
+        """The entries of a mapping. Refuses duplicate keys and keys that are not text."""
+        if self.node.id != "mapping":
+            self.fail(
+                f"must be a mapping of keys to values, not {self.described()}",
+                "write `key: value` lines, indented with spaces",
+            )
+        entries: dict[str, _Value] = {}
+        for key_node, value_node in self.node.value:
+            key = _Value(key_node, self.at, self.path)
+            if key_node.id != "scalar":
+                key.fail("a key must be text", "write `key: value`")
+            name = key_node.value
+            if name in entries:
+                key.fail(f"the key {_shown(name)} is given twice", "keep one of the two")
+            entries[name] = _Value(value_node, f"{self.at}.{name}" if self.at else name, self.path)
+        return entries
+
+    def fields(self, *allowed: str, required: Sequence[str] = ()) -> dict[str, _Value]:
+        """The entries of a mapping with known keys. Refuses others, with the nearest known one."""
+        entries = self.keys()
+        for key_node, _ in self.node.value:
+            if key_node.value not in allowed:
+                _Value(key_node, self.at, self.path).fail(
+                    f"unknown key {_shown(key_node.value)}",
+                    f"{_did_you_mean(key_node.value, allowed)}allowed here: {', '.join(allowed)}",
+                )
+        for name in required:
+            if name not in entries:
+                self.fail(f"the key '{name}' is missing", f"add `{name}:`")
+        return entries
+
+    def items(self) -> list[_Value]:
+        """The items of a list."""
+        if self.node.id != "sequence":
+            self.fail(f"must be a list, not {self.described()}", "write `[a, b]`, or one `- item` a line")
+        return [_Value(item, f"{self.at}[{index}]", self.path) for index, item in enumerate(self.node.value)]
+
+    def one_or_more(self, read: Callable[[_Value], T]) -> tuple[T, ...]:
+        """A single value or a list of them, without duplicates."""
+        if self.node.id != "sequence":
+            return (read(self),)
+        if not self.node.value:
+            self.fail("the list is empty", "give at least one value, or remove the key")
+        return tuple(dict.fromkeys(read(item) for item in self.items()))
+
+    def literal(self) -> str:
+        """A scalar as it is written, whatever type YAML would give it."""
+        if self.node.id != "scalar" or (self.node.tag.endswith(":null") and not self.node.style):
+            self.fail(f"must be text, not {self.described()}", "give a value")
+        return str(self.node.value)
+
+    def text(self) -> str:
+        """A text. Refuses numbers and switches, which are nearly always a mistake where a text is wanted."""
+        value = self.literal()
+        if not self.node.tag.endswith(":str"):
+            self.fail(f"must be text, not {self.described()}", f'write it in quotes: "{value}"')
+        if not _is_plain_text(value):
+            self.fail("must be 1 to 4096 characters without control characters", "correct the text")
+        return value
+
+    def whole(self, low: int, high: int) -> int:
+        """A whole number within bounds, in plain decimal digits."""
+        value = self.node.value if self.node.id == "scalar" and not self.node.style else ""
+        if not _WHOLE.fullmatch(value) or not low <= int(value) <= high:
+            self.fail(
+                f"must be a whole number from {low} to {high}, not {self.described()}",
+                "write it in digits, without quotes",
+            )
+        return int(value)
+
+    def switch(self) -> bool:
+        """`on` or `off` (or true, false, yes, no)."""
+        value = str(self.node.value).lower() if self.node.id == "scalar" and not self.node.style else ""
+        if value not in _ON and value not in _OFF:
+            self.fail(f"must be on or off, not {self.described()}", "write `on` or `off`")
+        return value in _ON
+
+    def size(self, low: int, high: int) -> int:
+        """A size with its unit, in bytes."""
+        try:
+            value = parse_size(self.literal())
+        except ValueError:
+            value = -1
+        if not low <= value <= high:
+            self.fail(
+                f"must be a size from {_size(low)} to {_size(high)}, not {self.described()}",
+                f"write a number and a unit ({', '.join(_SIZE_UNITS)}), such as 120MiB",
+            )
+        return value
+
+    def percent(self, high: float) -> float:
+        """A percentage above zero, as a fraction."""
+        try:
+            value = parse_percent(self.literal())
+        except ValueError:
+            value = -1.0
+        if not 0 < value <= high:
+            self.fail(
+                f"must be above 0% and at most {high:.0%}, not {self.described()}", "write a percentage, such as 2%"
+            )
+        return value
+
+    def described(self) -> str:
+        """What stands there, for an error message."""
+        if self.node.id == "mapping":
+            return "a mapping"
+        if self.node.id == "sequence":
+            return "a list"
+        if self.node.tag.endswith(":null") and not self.node.style:
+            return "nothing"
+        kind = {"int": "the number ", "float": "the number ", "bool": "the switch ", "timestamp": "the date "}
+        return kind.get(self.node.tag.rpartition(":")[2], "") + _shown(self.node.value)
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def _size(size: int) -> str:
+    return f"{size // 2**30}GiB" if size >= 2**30 else f"{size // 2**20}MiB"
+
+
+def _did_you_mean(word: str, allowed: Sequence[str]) -> str:
+    import difflib  # noqa: PLC0415 - only needed on the way out
+
+    near = difflib.get_close_matches(word[:64].lower(), allowed, 1, 0.6)
+    return f"did you mean '{near[0]}'? " if near else ""
+
+
+# ---- the tree, up to the typed configuration ----
+
+
+def _config(root: _Value) -> Config:
+    keys = root.fields("listen", "services", "probes", "limits", required=("services",))
+    return Config(
+        listen=_listen(keys["listen"]) if "listen" in keys else Address(),
+        services=_services(keys["services"]),
+        probes=_probes(keys["probes"]) if "probes" in keys else Probes(),
+        limits=_limits(keys["limits"]) if "limits" in keys else Limits(),
+    )
+
+
+def _listen(value: _Value) -> Address:
+    text = value.literal()  # YAML 1.1 reads some addresses as numbers to base 60
+    try:
+        return parse_address(text)
+    except ConfigError as error:
+        value.fail(error.what, error.next_step)
+
+
+def _services(value: _Value) -> tuple[Service, ...]:
+    items = value.items()
+    if not 1 <= len(items) <= MAX_SERVICES:
+        value.fail(f"there are {len(items)} services", f"list 1 to {MAX_SERVICES} services")
+    services: list[Service] = []
+    for item in items:
+        service = _service(item)
+        for other in services:
+            if other.name == service.name:
+                item.fail(f"the name {_shown(service.name)} is given twice", "give each service a name of its own")
+            if other.match == service.match:
+                item.fail(f"matches the same processes as {_shown(other.name)}", "make the two matches differ")
+        services.append(service)
+    return tuple(services)
+
+
+def _service(value: _Value) -> Service:
+    keys = value.fields("name", "match", "labels", required=("name", "match"))
+    name = keys["name"].text()
+    if not _SERVICE_NAME.fullmatch(name):
+        keys["name"].fail(f"{_shown(name)} is not a service name", _SERVICE_NAME_RULE)
+    return Service(name, _match(keys["match"]), _labels(keys["labels"]) if "labels" in keys else {})
+
+
+def _match(value: _Value) -> Match:
+    keys = value.fields(*Match.__struct_fields__)
+    if not keys:
+        value.fail("no condition is given", f"give at least one of {', '.join(Match.__struct_fields__)}")
+
+    def texts(name: str) -> tuple[str, ...]:
+        return keys[name].one_or_more(_Value.text) if name in keys else ()
+
+    return Match(
+        pid=keys["pid"].one_or_more(lambda item: item.whole(1, MAX_PID)) if "pid" in keys else (),
+        port=keys["port"].one_or_more(lambda item: item.whole(1, 65535)) if "port" in keys else (),
+        exe=texts("exe"),
+        cmdline=texts("cmdline"),
+        cgroup=texts("cgroup"),
+    )
+
+
+def _labels(value: _Value) -> dict[str, HeaderLabel]:
+    labels: dict[str, HeaderLabel] = {}
+    entries = value.keys()
+    if len(entries) > MAX_LABELS:
+        value.fail(
+            f"there are {len(entries)} labels", f"keep at most {MAX_LABELS}: each one multiplies the number of series"
+        )
+    for name, item in entries.items():
+        if not _LABEL_NAME.fullmatch(name):
+            item.fail(f"{_shown(name)} is not a label name", "use letters, digits and _, and begin with a letter")
+        if name in RESERVED_LABELS:
+            item.fail(f"the label name '{name}' is taken", "choose another name")
+        labels[name] = _header_label(item)
+    return labels
+
+
+def _header_label(value: _Value) -> HeaderLabel:
+    keys = value.fields("header", "values", required=("header", "values"))
+    header = keys["header"].text()
+    if not _HEADER_NAME.fullmatch(header):
+        keys["header"].fail(
+            f"{_shown(header)} is not the name of an HTTP header", "write a name such as x-release-stage"
+        )
+    values = keys["values"].one_or_more(_label_value)
+    if len(values) > MAX_LABEL_VALUES:
+        keys["values"].fail(
+            f"there are {len(values)} values", f"list at most {MAX_LABEL_VALUES}; others are counted as {OTHER}"
+        )
+    return HeaderLabel(header.lower(), values)
+
+
+def _label_value(value: _Value) -> str:
+    text = value.literal()  # `no`, `1` and the like are values as good as any
+    if not 0 < len(text) <= 128 or not text.isascii() or not text.isprintable() or text != text.strip():
+        value.fail(
+            f"{_shown(text)} is not a label value", "use 1 to 128 printable ASCII characters, no space at either end"
+        )
+    if text in {OTHER, NONE}:
+        value.fail(f"'{text}' is what the agent itself reports", "remove it: unlisted values are counted by themselves")
+    return text
+
+
+def _probes(value: _Value) -> Probes:
+    keys = value.fields(*Probes.__struct_fields__)
+    if "requests" in keys and not keys["requests"].switch():
+        keys["requests"].fail(
+            "cannot be off: it is the only probe, nothing would be measured", "remove the line or write `on`"
+        )
+    return Probes()
+
+
+def _limits(value: _Value) -> Limits:
+    keys = value.fields(*Limits.__struct_fields__)
+    default = Limits()
+    models = keys["models_per_service"].whole(1, 4096) if "models_per_service" in keys else default.models_per_service
+    connections = keys["connections"].whole(64, 1 << 20) if "connections" in keys else default.connections
+    memory = keys["memory"].size(64 * 2**20, 64 * 2**30) if "memory" in keys else default.memory
+    cpu = keys["cpu"].percent(64.0) if "cpu" in keys else default.cpu
+    return Limits(models, connections, memory, cpu)
