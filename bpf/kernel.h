@@ -30,12 +30,18 @@ typedef __s64 s64;
 #define SOCK_STREAM 1
 #define S_IFMT 00170000
 #define S_IFSOCK 0140000
+#define MSG_OOB 1
 #define MSG_PEEK 2
+#define MSG_TRUNC 0x20
+#define MSG_ERRQUEUE 0x2000
 
 enum {
 	TCP_ESTABLISHED = 1,
 	TCP_SYN_RECV = 3,
 	TCP_CLOSE = 7,
+	TCP_CLOSE_WAIT = 8,
+	TCP_LAST_ACK = 9,
+	TCP_CLOSING = 11,
 };
 
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
@@ -96,12 +102,14 @@ struct sock_common {
 	__be16 skc_dport;
 	__u16 skc_num;
 	unsigned short skc_family;
+	volatile unsigned char skc_state;
 	possible_net_t skc_net;
 	struct in6_addr skc_v6_daddr;
 };
 
 struct sock {
 	struct sock_common __sk_common;
+	int sk_err;
 };
 
 struct socket {
@@ -110,6 +118,7 @@ struct socket {
 };
 
 struct tcp_sock {
+	u32 rcv_nxt; /* one past the last byte, or FIN, that the peer sent in order */
 	u32 copied_seq; /* the first received byte that the application has not read */
 	u32 write_seq; /* one past the last byte that the application has handed over */
 };

@@ -33,7 +33,7 @@ struct chunk_header {
 	u32 tgid;
 	u32 tid;
 	u32 lost; /* records of this direction of this connection lost before this one, in all */
-	u32 pad; /* zero */
+	u32 lost_other; /* the same of the other direction */
 };
 
 /* Bytes that the service read from a connection. Payload past `size` is what an older record left in the ring. */
@@ -49,10 +49,10 @@ struct write_chunk {
 };
 
 enum event_kind {
-	EVENT_OPENED = 1, /* first sight; `born` says whether from its beginning. position and tx_position are the next bytes */
+	EVENT_OPENED = 1, /* first sight; `born`: from its beginning. The positions are the next bytes */
 	EVENT_ACCEPTED = 2, /* the service took it from the accept queue */
 	EVENT_SEGMENT = 3, /* `size` bytes at `position` entered the receive path */
-	EVENT_STATE = 4, /* TCP went from old_state to new_state */
+	EVENT_STATE = 4, /* TCP went from old_state to new_state. The positions are those after the last records */
 	EVENT_RESET = 5, /* the peer sent RST */
 };
 
@@ -72,7 +72,7 @@ struct connection_event {
 	u8 new_state;
 	u8 family;
 	u8 born;
-	u8 pad[4];
+	u32 error; /* of a change to TCP_CLOSE: the errno that the socket died of, 0 when the service closed it */
 	u8 peer[16]; /* IPv4 in the first four bytes */
 };
 
@@ -93,7 +93,7 @@ enum count {
 	CNT_UNREADABLE, /* the bytes of a call could not be copied: page not present, or the memory was unmapped */
 	CNT_TOO_MANY_SEGMENTS, /* a vector had more than MAX_SEGMENTS segments (or MAX_MESSAGES messages) */
 	CNT_CAPPED_CALLS, /* a call moved more than CALL_CAP_BYTES; the rest was not copied */
-	CNT_UNSEEN_BYTES_CALLS, /* sendfile or splice: the bytes never were in the service's memory */
+	CNT_UNSEEN_BYTES_CALLS, /* sendfile, splice, MSG_TRUNC: the bytes never were in the memory of the service */
 	CNT_UNFOLLOWED_IO, /* the stream moved on without a call that is followed: io_uring, or another process */
 	CNT_STALE_CONNECTION, /* a socket's memory was reused before its end was seen; a new connection was begun */
 	CNT_MAX,

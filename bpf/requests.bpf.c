@@ -132,6 +132,19 @@ static __always_inline struct connection_event event_of(const struct connection 
 }
 
 /*
+ * One past the last byte that was read. A FIN takes a place in the sequence, and a read that reached it moved over it, but
+ * it is no byte. The state comes first: once it says that a FIN came, rcv_nxt has it.
+ */
+static __always_inline u32 read_position(const struct tcp_sock *tcp)
+{
+	u8 state = BPF_CORE_READ((const struct sock *)tcp, __sk_common.skc_state);
+	bool fin = state == TCP_CLOSE_WAIT || state == TCP_LAST_ACK || state == TCP_CLOSING;
+	u32 copied = BPF_CORE_READ(tcp, copied_seq);
+
+	return fin && copied == BPF_CORE_READ(tcp, rcv_nxt) ? copied - 1 : copied;
+}
+
+/*
  * Begins to follow `sk`. `born` means that this is its first instant, so that not even one byte was missed.
  * NULL when the table is full, which is counted.
  */
@@ -147,7 +160,7 @@ static __noinline struct connection *open_connection(void *ctx, struct sock *sk,
 		.id = (u64)bpf_get_smp_processor_id() << 54 | (bpf_ktime_get_ns() & ((1ULL << 54) - 1)),
 		.service = service,
 		.peer = peer_of(sk),
-		.rx_next = BPF_CORE_READ(tcp, copied_seq),
+		.rx_next = read_position(tcp),
 		.tx_next = BPF_CORE_READ(tcp, write_seq),
 	};
 	struct connection_event event;
@@ -242,7 +255,7 @@ struct job {
 	u32 lost;
 	u32 room; /* bytes until CALL_CAP_BYTES */
 	u32 unsent; /* records that found no room in a perf buffer */
-	u32 pad;
+	u32 lost_other; /* records of the connection's other direction that were lost */
 	u32 tgid;
 	u32 tid;
 };
@@ -292,6 +305,7 @@ static __always_inline void start_job(struct job *job, u32 total)
 	case SHAPE_MESSAGES:
 		job->message = job->call.data;
 		job->messages = MAX_MESSAGES;
+		job->message_left = 0;
 		break;
 	default:
 		count(CNT_UNSEEN_BYTES_CALLS);
@@ -305,7 +319,7 @@ static __always_inline bool next_segment(struct job *job)
 	struct user_many_messages many;
 	struct user_iovec segment;
 
-	if (job->call.shape == SHAPE_MESSAGES && (!job->segments || !job->message_left)) {
+	if (job->call.shape == SHAPE_MESSAGES && !job->message_left) {
 		if (!job->messages) {
 			count(CNT_TOO_MANY_SEGMENTS);
 			return false;
@@ -320,7 +334,7 @@ static __always_inline bool next_segment(struct job *job)
 		start_vector(job, many.message.iov, many.message.iov_cnt);
 	}
 	if (!job->segments)
-		return false;
+		return false; /* more than MAX_SEGMENTS: where the next message begins is known, but not the bytes before */
 	job->segments--;
 	if (bpf_probe_read_user(&segment, sizeof(segment), (void *)job->vector)) {
 		count(CNT_UNREADABLE);
@@ -348,8 +362,8 @@ static __always_inline void fill_chunk(struct chunk_header *header, void *payloa
 	header->service = job->call.service;
 	header->tgid = job->tgid;
 	header->tid = job->tid;
-	header->lost = job->lost;
-	header->pad = 0;
+	header->lost = job->lost + job->unsent;
+	header->lost_other = job->lost_other;
 	/* The verifier must see the bound on the very register that is passed, so the compiler must not know it. */
 	asm volatile("" : "+r"(size));
 	if (size > payload_bytes)
@@ -506,7 +520,7 @@ static __always_inline int leave(struct exit_context *ctx, bool write)
 	if (!connection)
 		return 0; /* it reached TCP_CLOSE meanwhile, which user space was told */
 	tcp = (const struct tcp_sock *)job->call.sk;
-	end = write ? BPF_CORE_READ(tcp, write_seq) : BPF_CORE_READ(tcp, copied_seq);
+	end = write ? BPF_CORE_READ(tcp, write_seq) : read_position(tcp);
 	next = write ? connection->tx_next : connection->rx_next;
 	/* an array of messages returns how many there were, so its bytes are what the stream moved by */
 	total = job->call.shape == SHAPE_MESSAGES ? end - next : ctx->ret;
@@ -519,6 +533,7 @@ static __always_inline int leave(struct exit_context *ctx, bool write)
 	job->tgid = who >> 32;
 	job->tid = (u32)who;
 	job->lost = write ? connection->tx_lost : connection->rx_lost;
+	job->lost_other = write ? connection->rx_lost : connection->tx_lost;
 	start_job(job, total);
 #pragma clang loop unroll(disable)
 	for (u32 i = 0; i < rounds; i++) {
@@ -542,6 +557,14 @@ static __always_inline int leave(struct exit_context *ctx, bool write)
 	return 0;
 }
 
+/* One that leaves the bytes where they are, or has others, moves no position. MSG_TRUNC makes TCP throw them away. */
+static __always_inline int enter_receive(struct enter_context *ctx, u64 segments, enum shape shape, u64 flags)
+{
+	if (flags & (MSG_PEEK | MSG_OOB | MSG_ERRQUEUE))
+		return 0;
+	return enter(ctx, ctx->args[0], ctx->args[1], segments, flags & MSG_TRUNC ? SHAPE_UNSEEN : shape, false);
+}
+
 SEC("tp/syscalls/sys_enter_read")
 int enter_read(struct enter_context *ctx)
 {
@@ -557,9 +580,7 @@ int exit_read(struct exit_context *ctx)
 SEC("tp/syscalls/sys_enter_recvfrom")
 int enter_recvfrom(struct enter_context *ctx)
 {
-	if (ctx->args[3] & MSG_PEEK)
-		return 0;
-	return enter(ctx, ctx->args[0], ctx->args[1], 0, SHAPE_BUFFER, false);
+	return enter_receive(ctx, 0, SHAPE_BUFFER, ctx->args[3]);
 }
 
 SEC("tp/syscalls/sys_exit_recvfrom")
@@ -583,9 +604,7 @@ int exit_readv(struct exit_context *ctx)
 SEC("tp/syscalls/sys_enter_recvmsg")
 int enter_recvmsg(struct enter_context *ctx)
 {
-	if (ctx->args[2] & MSG_PEEK)
-		return 0;
-	return enter(ctx, ctx->args[0], ctx->args[1], 0, SHAPE_MESSAGE, false);
+	return enter_receive(ctx, 0, SHAPE_MESSAGE, ctx->args[2]);
 }
 
 SEC("tp/syscalls/sys_exit_recvmsg")
@@ -597,9 +616,7 @@ int exit_recvmsg(struct exit_context *ctx)
 SEC("tp/syscalls/sys_enter_recvmmsg")
 int enter_recvmmsg(struct enter_context *ctx)
 {
-	if (ctx->args[3] & MSG_PEEK)
-		return 0;
-	return enter(ctx, ctx->args[0], ctx->args[1], ctx->args[2], SHAPE_MESSAGES, false);
+	return enter_receive(ctx, ctx->args[2], SHAPE_MESSAGES, ctx->args[3] & ~MSG_TRUNC);
 }
 
 SEC("tp/syscalls/sys_exit_recvmmsg")
@@ -780,8 +797,12 @@ int BPF_PROG(state_changed, struct sock *sk, int old_state, int new_state)
 	if (!connection)
 		return 0;
 	event = event_of(connection, EVENT_STATE, true);
+	event.position = connection->rx_next;
+	event.tx_position = connection->tx_next;
 	event.old_state = old_state;
 	event.new_state = new_state;
+	if (new_state == TCP_CLOSE)
+		event.error = BPF_CORE_READ(sk, sk_err);
 	send_event(ctx, &event);
 	if (new_state != TCP_CLOSE)
 		return 0;

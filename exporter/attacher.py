@@ -36,8 +36,9 @@ log = logging.getLogger("footlight")
 
 PERIOD_S: Final = 1.0
 """Between two looks for new processes, and between two reports to the reader."""
-STOP_S: Final = 5.0
-"""How long a reader may take to end before it is killed."""
+STOP_S: Final = 1.5
+"""How long a reader may take to end before it is killed, as one must be whose output nobody takes any more. Its HTTP
+clients get one second."""
 CRASHES: Final = 5
 CRASH_WINDOW_S: Final = 60.0
 """After `CRASHES` crashes of the reader within this time the agent gives up."""
@@ -56,7 +57,7 @@ def run(config: Config, front: Front, *, transport: str = "auto", wait_for_targe
     if error is not None:
         raise error
     with ExitStack() as stack:
-        # First in, last out: a signal that comes while things are set up or torn down waits for the loop, or is dropped.
+        # First in, last out: a signal that comes during set-up or tear-down waits for the loop, or is dropped.
         stack.callback(_unblock_signals, signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS))
         discovery = Discovery(config.services)
         targets = discovery.scan()

@@ -6,6 +6,7 @@ terminal needs is imported when it is used, so that neither process holds it wit
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 import os
@@ -71,6 +72,9 @@ class Front(Protocol):
     serves: bool
     """Whether /metrics is to be served."""
 
+    def prepare(self) -> None:
+        """Import what will be needed: this is the reader, which gives up the right to read files after this call."""
+
     def started(self, reader: Reader) -> None:
         """The reader runs, without privileges; what `reader.status` says may not be there yet."""
 
@@ -106,6 +110,9 @@ class ServeFront:
         self._said: str | None = ""
         self._targets: dict[str, int] = {}
         self._lost: dict[tuple[str, str], int] = {}
+
+    def prepare(self) -> None:
+        """Nothing is missing."""
 
     def started(self, reader: Reader) -> None:
         """Log which privileges each process holds, and the address."""
@@ -179,6 +186,16 @@ class TopFront:
         self._end_ns: int | None = None
         self._table: LiveTable | None = None
 
+    def prepare(self) -> None:
+        """Load what draws the table, the widths of all characters included."""
+        _prepare_output()
+        if not self._as_json:
+            from rich.cells import cell_len  # noqa: PLC0415 - rich is 2.7 MB that only a terminal needs
+
+            import exporter.cli.table  # noqa: F401, PLC0415 - as above
+
+            cell_len("\u4e16\u754c")
+
     def started(self, reader: Reader) -> None:
         """Take the terminal, where there is one."""
         now_ns = self._clock.monotonic_ns()
@@ -251,6 +268,10 @@ class TraceFront:
         # one offset for the whole run: instants keep their order and distances when the wall clock is set
         self._wall_offset_ns: Final = self._clock.wall_ns() - self._clock.monotonic_ns()
 
+    def prepare(self) -> None:
+        """Load what a closed pipe needs."""
+        _prepare_output()
+
     def started(self, reader: Reader) -> None:
         """Print the header; the time starts to count."""
         self._labels = reader.config.label_names
@@ -284,6 +305,10 @@ class TraceFront:
 
     def _paint(self, text: str, code: str) -> str:
         return f"\x1b[{code}m{text}\x1b[0m" if self._colour and code else text
+
+
+def _prepare_output() -> None:
+    codecs.lookup("ascii")  # that `_Output.attempt` opens a file with
 
 
 class _Output:

@@ -7,6 +7,7 @@ that library all the same, and the tests hold its encoders and this one to the s
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import re
@@ -557,8 +558,9 @@ def _no_reader() -> ReaderStatus:
     return ReaderStatus(connections=0)
 
 
+@functools.cache
 def installed_version() -> str:
-    """The version of the installed distribution; `unknown` where none is installed."""
+    """The version of the installed distribution; `unknown` where none is installed. Reads files at the first call."""
     try:
         return importlib.metadata.version("footlight")
     except importlib.metadata.PackageNotFoundError:

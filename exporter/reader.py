@@ -13,14 +13,14 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 import uvicorn
 
 from exporter.config import Address
-from exporter.metrics import Metrics
+from exporter.metrics import Metrics, installed_version
 from exporter.requests import Conversations
 from exporter.slis import Slis
 from exporter.status import AgentStatus, Loss, ProbeLosses, ReaderStatus
@@ -100,22 +100,7 @@ class Reader:
         if self._listener is None:
             return None
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
-        app = create_app(self.metrics, lambda: self.status)
-        server = _Server(
-            uvicorn.Config(
-                app,
-                http="h11",
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                date_header=False,
-                timeout_keep_alive=75,
-                timeout_graceful_shutdown=1,
-                limit_concurrency=64,
-            )
-        )
+        server = _Server(_http(create_app(self.metrics, lambda: self.status)))
         tasks.create_task(server.serve(sockets=[self._listener]))
         return server
 
@@ -174,8 +159,37 @@ def main(given: Inheritance) -> None:
         if given.listener is not None:
             keep.append(given.listener.fileno())
         given.status_socket.shutdown(socket.SHUT_WR)
+        _import_the_rest(given)
         privileges.drop_to_nobody(keep, given.attacher)
         asyncio.run(_run(given, records))
+
+
+def _http(app: Callable[..., Awaitable[None]]) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=1,
+        limit_concurrency=64,
+    )
+
+
+def _import_the_rest(given: Inheritance) -> None:
+    """Load what would else be read from files later: a checkout in /root is one that nobody may not look into."""
+    installed_version()
+    if given.listener is not None:
+        _http(_answer_nothing).load()
+    given.front.prepare()
+
+
+async def _answer_nothing(_scope: object, _receive: object, _send: object) -> None:
+    """Stand in for the application while uvicorn finds its parts."""
 
 
 async def _run(given: Inheritance, records: RequestRecords) -> None:

@@ -1,9 +1,13 @@
-"""The life of a request: turns what happened on each connection into requests with their instants.
+"""Follows what happens on each connection, and finds the requests in it.
 
-What each instant and outcome means is defined in docs/semantics.md. A `Conversations` takes the probe's records in order.
-Each connection has two decoders, one per direction; a request begins in the one and is answered in the other. What a
-client feels is recorded as it happens (first token, each gap), the rest when the request is over. Nothing here keeps
-text: a frame is looked at and dropped.
+A `Conversations` takes the probe's records in order. Each connection has two decoders, one per direction; a request
+begins in the one and is answered in the other, and what it comes to is kept by `exporter.live_request`.
+
+A frame must never count for another request than its own. As long as the bytes that the service writes follow on
+each other, the first request that waits is the one being answered. After a gap that is so only when nothing that was
+read was lost, and one request alone can be meant. Otherwise all that wait are given up, and the connection is followed
+again from its next request on: missing beats wrong. Which requests were lost cannot be told where a client sends the
+next one before the answer to the last; there, after a loss, this rests on clients that do not.
 """
 
 from __future__ import annotations
@@ -13,12 +17,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from exporter.request import Capture, Failure, FinishedRequest, Phase
+from exporter.live_request import Request
+from exporter.request import Capture, FinishedRequest
 from probes.wire.http1 import (
     Body,
     Broken,
     End,
     Gap,
+    Reason,
     RequestDecoder,
     RequestHead,
     ResponseDecoder,
@@ -28,161 +34,126 @@ from probes.wire.http1 import (
     looks_like_request,
     looks_like_response,
 )
-from probes.wire.openai import Api, RequestBody, ResponseBody, Usage, api_of, parse_frame
-from probes.wire.sse import SseDecoder
+from probes.wire.openai import api_of
 
 if TYPE_CHECKING:
     from exporter.config import Service
-    from exporter.slis import Series, Slis
+    from exporter.slis import Slis
+
+__all__ = ["Conversations", "Request"]
 
 POSITIONS: Final = 2**32
-"""TCP positions wrap here."""
+"""TCP positions wrap here, and so do counts of lost records."""
 SEGMENTS_LIMIT: Final = 64
 """Segments that are remembered while the service has not read them."""
-PIPELINE_LIMIT: Final = 256
+PIPELINE_LIMIT: Final = 64
 """Requests of one connection that may wait for their answer."""
 LINGER_NS: Final = 1_000_000_000
 """How long a complete response whose client had half closed waits for a reset that makes it an abort."""
+ABANDONED_NS: Final = 7_680_000_000_000
+"""A request of which nothing was seen for this long is no longer followed: the largest bound of the durations."""
 
+_HALF: Final = POSITIONS // 2
+_CLOSED_LIMIT: Final = 1024
+_ABANDONED_EVERY_NS: Final = 60_000_000_000
+_UNKNOWN: Final = -1
+
+_TCP_ESTABLISHED: Final = 1
+_TCP_FIN_WAIT1: Final = 4
 _TCP_CLOSE: Final = 7
 _TCP_CLOSE_WAIT: Final = 8
-_NO_MORE_WRITES: Final = frozenset({4, 9, _TCP_CLOSE})  # FIN_WAIT1, LAST_ACK
-_RATE_LIMITED: Final = 429
-_WANTED_RESPONSE: Final = frozenset({b"content-type"})
-
-
-class Request:
-    """One request while it is under way. Instants are CLOCK_MONOTONIC ns; None is "not yet"."""
-
-    __slots__ = (
-        "api",
-        "arrival_seen",
-        "arrived_ns",
-        "body",
-        "cached_tokens",
-        "capture",
-        "completion_tokens",
-        "done_ns",
-        "error",
-        "extra",
-        "first_byte_ns",
-        "first_token_ns",
-        "frames",
-        "gap_open",
-        "last_token_ns",
-        "last_write_ns",
-        "longest_gap_ns",
-        "method",
-        "model",
-        "number",
-        "prompt_tokens",
-        "read_ns",
-        "response_body",
-        "series",
-        "sse",
-        "status",
-        "target",
-        "tgid",
-        "tid",
-        "wasted",
-    )
-
-    def __init__(self, arrived_ns: int, arrival_seen: bool, read_ns: int, tgid: int, tid: int) -> None:
-        self.arrived_ns = arrived_ns
-        self.arrival_seen = arrival_seen
-        self.read_ns = read_ns
-        self.tgid = tgid
-        self.tid = tid
-        self.number = 0
-        self.api: Api | None = None
-        self.method = ""
-        self.target = ""
-        self.extra: tuple[str, ...] = ()
-        self.model: str | None = None
-        self.body: RequestBody | None = None
-        self.series: Series | None = None
-        self.status: int | None = None
-        self.sse: SseDecoder | None = None
-        self.response_body: ResponseBody | None = None
-        self.first_byte_ns: int | None = None
-        self.first_token_ns: int | None = None
-        self.last_token_ns: int | None = None
-        self.last_write_ns = read_ns
-        self.longest_gap_ns: int | None = None
-        self.frames = 0
-        self.gap_open = False  # frames may be missing since the last one: the next gap is none
-        self.wasted = 0
-        self.prompt_tokens: int | None = None
-        self.completion_tokens: int | None = None
-        self.cached_tokens: int | None = None
-        self.done_ns: int | None = None  # it said that it was complete: [DONE], or a choice's finish reason
-        self.error = False
-        self.capture = Capture.complete if arrival_seen else Capture.arrival_unseen
-
-    def spoil(self, capture: Capture) -> None:
-        """Something of the request was not seen. The first loss that is worse than an unseen arrival stays."""
-        if self.capture in _MILD:
-            self.capture = capture
-
-    def take_usage(self, usage: Usage) -> None:
-        """Remember the response's own counts; a later usage replaces an earlier one, for they are running totals."""
-        self.prompt_tokens = usage.prompt_tokens if usage.prompt_tokens is not None else self.prompt_tokens
-        self.completion_tokens = (
-            usage.completion_tokens if usage.completion_tokens is not None else self.completion_tokens
-        )
-        self.cached_tokens = usage.cached_tokens if usage.cached_tokens is not None else self.cached_tokens
-
-
-_MILD: Final = (Capture.complete, Capture.arrival_unseen)
+_TCP_LAST_ACK: Final = 9
+_NO_MORE_WRITES: Final = frozenset({_TCP_FIN_WAIT1, _TCP_LAST_ACK, _TCP_CLOSE})
+_PEER_FIRST: Final = frozenset({_TCP_CLOSE_WAIT, _TCP_LAST_ACK})  # only reached when the FIN of the peer came first
+_SWITCHING: Final = 101
+_WANTED_RESPONSE: Final = frozenset({b"content-type", b"content-encoding"})
 
 
 class Connection:
-    """One TCP connection of a watched service."""
+    """One TCP connection of a watched service.
+
+    `rx` is what the service reads, `tx` what it writes. A direction is synced while its decoder knows where it stands;
+    where tx is not, rx is not either.
+    """
 
     __slots__ = (
         "client_left_ns",
         "id",
         "lingering",
+        "opaque",
         "peer",
         "reading",
         "request_decoder",
         "requests",
         "response_decoder",
-        "response_start_ns",
         "rx_base",
+        "rx_loss",
         "rx_lost",
         "rx_position",
         "rx_synced",
+        "seeking",
         "segments",
         "server_left_ns",
         "service",
-        "start_unseen",
+        "tcp_state",
+        "tx_loss",
         "tx_lost",
         "tx_position",
         "tx_synced",
+        "unseen_start",
+        "was_reset",
     )
 
     def __init__(self, conn: int, service: int, peer: str, rx_position: int, tx_position: int, born: bool) -> None:
         self.id = conn
         self.service = service
         self.peer = peer
-        self.rx_position = rx_position
+        self.tcp_state = _TCP_ESTABLISHED  # as the last event said
+        self.rx_position = rx_position  # of the next byte, or _UNKNOWN
         self.tx_position = tx_position
         self.rx_base = rx_position  # the position at which the request decoder's offset is 0
-        self.rx_lost = 0
+        self.rx_lost = 0  # records, as the last one said
         self.tx_lost = 0
+        self.rx_loss = False  # a loss was told whose gap has not come yet
+        self.tx_loss = False
         self.rx_synced = born
         self.tx_synced = born
-        self.start_unseen = False
-        self.segments: deque[tuple[int, int, int]] = deque()  # position, size, ns
+        self.seeking = False  # after a gap in a stream, until a write begins with a chunk
+        self.opaque = False  # it speaks another protocol from here on
+        self.unseen_start = None if born else Capture.start_unseen  # what to count for an answer without its request
+        self.segments: deque[tuple[int, int, int]] = deque()  # position, size, ns; in order of arrival
         self.request_decoder: RequestDecoder | None = None
         self.response_decoder: ResponseDecoder | None = None
         self.requests: deque[Request] = deque()  # oldest first; the first one is being answered
-        self.reading: Request | None = None  # the one whose bytes are still coming in
-        self.response_start_ns = 0
+        self.reading: Request | None = None  # the one whose bytes are still coming in, answered already or not
         self.client_left_ns: int | None = None
         self.server_left_ns: int | None = None
-        self.lingering: Request | None = None
+        self.was_reset = False
+        self.lingering: list[Request] = []  # answered after the client had shut its side
+
+    def note_losses(self, rx_lost: int, tx_lost: int) -> tuple[bool, bool]:
+        """Take what a record says was lost before it; tell in which directions that is more than was known."""
+        reads, writes = _is_after(rx_lost, self.rx_lost), _is_after(tx_lost, self.tx_lost)
+        if reads:
+            self.rx_lost = rx_lost
+            self.rx_loss = True
+        if writes:
+            self.tx_lost = tx_lost
+            self.tx_loss = True
+        return reads, writes
+
+    def drop_read_segments(self) -> None:
+        """Forget the segments that the service has read to their end."""
+        segments = self.segments
+        while segments and not _is_after(segments[0][0] + segments[0][1], self.rx_position):
+            segments.popleft()
+
+    def arrival_of(self, position: int) -> int | None:
+        """When the byte at `position` arrived: the earliest segment that covers it. None: no such segment was seen."""
+        for start, size, ns in self.segments:
+            if (position - start) % POSITIONS < size:
+                return ns
+        return None
 
 
 class Conversations:
@@ -205,11 +176,14 @@ class Conversations:
         self._on_finished = on_finished
         self._limit = limit
         self._connections: dict[int, Connection] = {}
+        self._closed: dict[int, None] = {}  # the last connections that ended: a record may come late
         self._lingering: set[int] = set()
+        self._next_abandoned_ns = 0
         self._numbers = itertools.count(1)
         self._labels = [_label_readers(service, label_names) for service in services]
-        wanted = {label.header.encode("latin-1") for service in services for label in service.labels.values()}
-        self._wanted_request: Final = frozenset(wanted | {b"content-type"})
+        self._wanted_request: Final = frozenset(
+            label.header.encode("latin-1") for service in services for label in service.labels.values()
+        )
         for service in services:
             slis.service(service.name)
         slis.in_flight = self.in_flight
@@ -223,7 +197,7 @@ class Conversations:
         for connection in self._connections.values():
             for request in connection.requests:
                 if request.api is not None:
-                    yield self._services[connection.service].name, request.model, request.api.value, request.extra
+                    yield request.service, request.model, request.api.value, request.extra
 
     # ---- what happens to a connection ----
 
@@ -231,8 +205,11 @@ class Conversations:
         self, conn: int, seen_ns: int, service: int, peer: str, born: bool, rx_position: int, tx_position: int
     ) -> None:
         """See `probes.records.Handler`."""
-        if len(self._connections) >= self._limit:
-            self._evict()
+        known = self._connections.get(conn)
+        if known is not None:
+            self._drop(known)
+        elif len(self._connections) >= self._limit:
+            self._drop(next(iter(self._connections.values())))
         self._connections[conn] = Connection(conn, service, peer, rx_position, tx_position, born)
 
     def accepted(self, conn: int, service: int) -> None:
@@ -246,6 +223,8 @@ class Conversations:
         connection = self._connections.get(conn)
         if connection is None:
             return
+        if connection.rx_position != _UNKNOWN and not _is_after(position + size, connection.rx_position):
+            return  # sent again, but the service has read it
         segments = connection.segments
         if len(segments) >= SEGMENTS_LIMIT:
             # The first one may hold the start of a request that nobody has read yet; those behind it are its body.
@@ -257,62 +236,118 @@ class Conversations:
         connection = self._connections.get(conn)
         if connection is None:
             return
+        connection.was_reset = True
         self._client_leaves(connection, seen_ns)
-        self._end_lingering(connection, reset=True)
+        self._end_lingering(connection)
 
-    def state(self, conn: int, seen_ns: int, old: int, new: int, tgid: int) -> None:
+    def state(
+        self, conn: int, seen_ns: int, old: int, new: int, tgid: int, rx_position: int, tx_position: int, error: int
+    ) -> None:
         """See `probes.records.Handler`."""
         connection = self._connections.get(conn)
         if connection is None:
             return
-        if new == _TCP_CLOSE_WAIT:
+        if connection.tcp_state != old:
+            for request in connection.requests:
+                request.spoil(Capture.lost_events)  # when its end began is not known
+        connection.tcp_state = new
+        if error:
+            self.reset(conn, seen_ns)  # or the peer could no longer be reached, which is the same to the service
+        elif old in _PEER_FIRST or new in _PEER_FIRST:
             self._client_leaves(connection, seen_ns)
         elif connection.client_left_ns is None and connection.server_left_ns is None:
             # Without a FIN or RST from the peer, only the service's side leaves ESTABLISHED.
             connection.server_left_ns = seen_ns
         if new in _NO_MORE_WRITES:
+            self._check_ends(connection, rx_position, tx_position)
             self._service_is_done(connection, seen_ns)
         if new == _TCP_CLOSE:
             self._forget(connection)
 
     def sweep(self, now_ns: int) -> None:
-        """Finish what only waits for a reset that did not come. Call it a few times a second."""
+        """Finish what only waits for a reset that did not come, and what was abandoned. Call it several times a second.
+
+        Costs 0.1 us for each connection, once a minute.
+        """
         for conn in list(self._lingering):
-            connection = self._connections.get(conn)
-            if connection is None or connection.lingering is None:
-                self._lingering.discard(conn)
-            elif now_ns - connection.lingering.last_write_ns >= LINGER_NS:
-                self._end_lingering(connection, reset=False)
+            connection = self._connections[conn]
+            if now_ns - connection.lingering[-1].last_write_ns >= LINGER_NS:
+                self._end_lingering(connection)
+        if now_ns >= self._next_abandoned_ns:
+            self._next_abandoned_ns = now_ns + _ABANDONED_EVERY_NS
+            self._drop_abandoned(now_ns - ABANDONED_NS)
+
+    def _drop_abandoned(self, before_ns: int) -> None:
+        """Drop requests that are under way for ever: the record of their connection's end was lost."""
+        abandoned = [
+            connection
+            for connection in self._connections.values()
+            if connection.requests and all(request.last_write_ns < before_ns for request in connection.requests)
+        ]
+        for connection in abandoned:
+            self._drop(connection)
 
     def _client_leaves(self, connection: Connection, seen_ns: int) -> None:
         if connection.client_left_ns is None and connection.server_left_ns is None:
             connection.client_left_ns = seen_ns
 
+    def _check_ends(self, connection: Connection, rx_position: int, tx_position: int) -> None:
+        """Find out whether records were lost after the last ones that came."""
+        if connection.tx_position == _UNKNOWN or _is_after(tx_position, connection.tx_position):
+            connection.tx_position = tx_position
+            if connection.requests:
+                self._give_up(connection, Capture.lost_events)
+        if connection.rx_position != _UNKNOWN and _is_after(rx_position, connection.rx_position):
+            missing = (rx_position - connection.rx_position) % POSITIONS
+            connection.rx_position = rx_position
+            if connection.rx_synced:
+                self._miss_reads(connection, missing, Capture.lost_events)
+
     def _service_is_done(self, connection: Connection, seen_ns: int) -> None:
         """The service can send nothing more: what ends with the connection is complete, the rest never will be."""
         decoder = connection.response_decoder
-        if connection.requests and connection.tx_synced and decoder is not None:
+        known = connection.tx_synced and not connection.seeking
+        if connection.requests and known and decoder is not None:
             request = connection.requests[0]
             if any(type(event) is End for event in decoder.eof()):
-                self._end_response(connection, request.last_write_ns, by_close=True)
+                self._end_answer(connection, request.last_write_ns, by_close=True)
         while connection.requests:
             request = connection.requests.popleft()
-            if connection.client_left_ns is not None:
+            if not known:
+                self._finish(connection, request, request.last_write_ns)
+            elif connection.client_left_ns is not None:
                 self._finish(connection, request, connection.client_left_ns, aborted=True)
             else:
                 self._finish(connection, request, connection.server_left_ns or seen_ns, cut_off=True)
 
     def _forget(self, connection: Connection) -> None:
-        self._end_lingering(connection, reset=False)
+        self._end_lingering(connection)
+        self._connections.pop(connection.id, None)
+        self._closed[connection.id] = None
+        if len(self._closed) > _CLOSED_LIMIT:
+            del self._closed[next(iter(self._closed))]
+
+    def _drop(self, connection: Connection) -> None:
+        """Follow the connection no longer, although it may live on."""
+        self._end_lingering(connection)
+        while connection.requests:
+            request = connection.requests.popleft()
+            request.spoil(Capture.end_unseen)
+            self._finish(connection, request, request.last_write_ns)
         self._connections.pop(connection.id, None)
 
-    def _evict(self) -> None:
-        oldest = next(iter(self._connections.values()))
-        for request in oldest.requests:
-            request.spoil(Capture.end_unseen)
-            self._finish(oldest, request, request.last_write_ns)
-        oldest.requests.clear()
-        self._connections.pop(oldest.id)
+    def _stray(
+        self, conn: int, service: int, rx_position: int, tx_position: int, rx_lost: int, tx_lost: int
+    ) -> Connection | None:
+        """Begin in the middle of a connection whose `opened` was lost, or that was dropped. None: it has ended."""
+        if conn in self._closed:
+            return None
+        self.opened(conn, 0, service, "", False, rx_position, tx_position)
+        connection = self._connections[conn]
+        connection.rx_lost, connection.tx_lost = rx_lost, tx_lost
+        if rx_lost or tx_lost:
+            connection.unseen_start = Capture.lost_events
+        return connection
 
     # ---- bytes that the service read ----
 
@@ -324,6 +359,7 @@ class Conversations:
         data: bytes,
         uncaptured: int,
         lost: int,
+        lost_other: int,
         service: int,
         tgid: int,
         tid: int,
@@ -331,43 +367,43 @@ class Conversations:
         """See `probes.records.Handler`."""
         connection = self._connections.get(conn)
         if connection is None:
-            # Its `opened` was lost, or it was evicted: begin in the middle.
-            self.opened(conn, at_ns, service, "", False, position, 0)
-            connection = self._connections[conn]
+            connection = self._stray(conn, service, position, _UNKNOWN, lost, lost_other)
+            if connection is None:
+                return
         connection.service = service
-        missing = (position - connection.rx_position) % POSITIONS
-        was_lost = lost != connection.rx_lost
-        connection.rx_lost = lost
-        if missing:
-            self._miss_read(connection, missing, was_lost, at_ns, tgid, tid)
-        if not connection.rx_synced and not self._resync_requests(connection, position, data):
-            connection.rx_position = (position + len(data) + uncaptured) % POSITIONS
-            return
-        decoder = connection.request_decoder
-        if decoder is None:
-            decoder = connection.request_decoder = RequestDecoder(self._wanted_request)
-        self._take_request(connection, decoder.feed(data), at_ns, tgid, tid)
-        if uncaptured:
-            self._take_request(connection, decoder.skip(uncaptured), at_ns, tgid, tid)
+        missing = _distance(position, connection.rx_position)
         connection.rx_position = (position + len(data) + uncaptured) % POSITIONS
-        segments = connection.segments
-        while segments and (connection.rx_position - segments[0][0] - segments[0][1]) % POSITIONS < POSITIONS // 2:
-            segments.popleft()
+        connection.note_losses(lost, lost_other)
+        if missing:
+            why = _why(connection.rx_loss)
+            connection.rx_loss = False
+            if connection.rx_synced:
+                self._miss_reads(connection, missing, why)
+        if connection.rx_synced or self._resync(connection, position, data):
+            decoder = connection.request_decoder
+            if decoder is None:
+                decoder = connection.request_decoder = RequestDecoder(self._wanted_request)
+            self._take_request(connection, decoder.feed(data), at_ns, tgid, tid)
+            if uncaptured and connection.rx_synced:
+                self._take_request(connection, decoder.skip(uncaptured), at_ns, tgid, tid)
+        connection.drop_read_segments()
 
-    def _miss_read(
-        self, connection: Connection, missing: int, was_lost: bool, at_ns: int, tgid: int, tid: int
-    ) -> None:
+    def _miss_reads(self, connection: Connection, missing: int, why: Capture) -> None:
         """`missing` bytes were read that no record carried."""
-        if not connection.rx_synced:
-            return
-        why = Capture.lost_events if was_lost else Capture.undecodable
-        if missing >= POSITIONS // 2 or connection.request_decoder is None:
+        if missing >= _HALF or connection.request_decoder is None:
             self._lose_requests(connection, why)
             return
-        request = connection.reading
-        self._take_request(connection, connection.request_decoder.skip(missing), at_ns, tgid, tid, why)
-        if request is not None:
-            request.spoil(why)
+        if connection.reading is not None:
+            connection.reading.spoil(why)
+        # Nothing can begin in it, so it needs no instant and no thread.
+        self._take_request(connection, connection.request_decoder.skip(missing), 0, 0, 0, why)
+
+    def _lose_reads(self, connection: Connection) -> None:
+        """Records of reads were lost, and how many bytes they carried is not known yet."""
+        if connection.reading is not None:
+            connection.reading.spoil(Capture.lost_events)
+        elif connection.rx_synced:
+            self._lose_requests(connection, Capture.lost_events)
 
     def _lose_requests(self, connection: Connection, why: Capture) -> None:
         """The request direction is out of step until a read begins with a request line."""
@@ -380,21 +416,26 @@ class Conversations:
             # It may have been an LLM request; nobody will ever know.
             self._slis.capture(self._services[connection.service].name, why)
 
-    def _resync_requests(self, connection: Connection, position: int, data: bytes) -> bool:
-        """Begin anew where a read starts with a request line; whatever was under way is over, its end unseen."""
-        if not looks_like_request(data):
+    def _resync(self, connection: Connection, position: int, data: bytes) -> bool:
+        """Begin anew where a read starts with a request line, unless it is known that other answers come first."""
+        if connection.opaque or not looks_like_request(data):
             return False
-        for request in connection.requests:
+        if connection.tx_synced and connection.requests:
+            lost = connection.rx_lost or connection.tx_lost
+            name = self._services[connection.service].name
+            self._slis.capture(name, Capture.lost_events if lost else Capture.undecodable)
+            return False
+        while connection.requests:
+            request = connection.requests.popleft()
             request.spoil(Capture.end_unseen)
             self._finish(connection, request, request.last_write_ns)
-        connection.requests.clear()
         connection.reading = None
-        connection.rx_synced = True
         connection.rx_base = position
         connection.request_decoder = RequestDecoder(self._wanted_request)
-        connection.response_decoder = ResponseDecoder(_WANTED_RESPONSE)
-        connection.tx_synced = True
-        connection.start_unseen = False
+        connection.response_decoder = None
+        connection.rx_synced = connection.tx_synced = True
+        connection.seeking = False
+        connection.unseen_start = None
         return True
 
     def _take_request(
@@ -409,61 +450,52 @@ class Conversations:
         for event in events:
             match event:
                 case Body(data):
-                    if connection.reading is not None and connection.reading.body is not None:
-                        connection.reading.body.feed(data)
+                    if connection.reading is not None:
+                        connection.reading.take_body(data)
                 case Start(offset):
-                    self._begin(connection, offset, at_ns, tgid, tid)
+                    if not self._begin(connection, offset, at_ns, tgid, tid):
+                        return
                 case RequestHead():
                     self._take_head(connection, event)
                 case End():
-                    self._end_request(connection)
+                    if connection.reading is not None:
+                        connection.reading.end_body()
+                        connection.reading = None
                 case Gap():
-                    if connection.reading is not None and connection.reading.body is not None:
-                        connection.reading.body = None
+                    if connection.reading is not None:
+                        connection.reading.miss_body()
                 case Broken():
                     self._lose_requests(connection, why)
                     return
 
-    def _begin(self, connection: Connection, offset: int, at_ns: int, tgid: int, tid: int) -> None:
-        position = (connection.rx_base + offset) % POSITIONS
-        arrived_ns = _arrival(connection.segments, position)
-        seen = arrived_ns is not None and arrived_ns <= at_ns
-        request = Request(arrived_ns if arrived_ns is not None and seen else at_ns, seen, at_ns, tgid, tid)
-        self._end_lingering(connection, reset=False)
+    def _begin(self, connection: Connection, offset: int, at_ns: int, tgid: int, tid: int) -> bool:
+        """A request begins. False: too many wait for their answer."""
         if len(connection.requests) >= PIPELINE_LIMIT:
             self._lose_requests(connection, Capture.undecodable)
-            return
-        connection.reading = request
-        connection.requests.append(request)
-
-    def _take_head(self, connection: Connection, head: RequestHead) -> None:
+            return False
+        arrived_ns = connection.arrival_of((connection.rx_base + offset) % POSITIONS)
+        if arrived_ns is not None and arrived_ns > at_ns:
+            arrived_ns = None  # sent again, and the first time was not seen
         if connection.response_decoder is None:
             connection.response_decoder = ResponseDecoder(_WANTED_RESPONSE)
-        connection.response_decoder.push_method(head.method)
-        request = connection.reading
-        if request is None:
-            return
-        request.method = head.method.decode("latin-1")
-        request.api = api_of(head.method, head.target)
-        if request.api is None:
-            return
-        request.number = next(self._numbers)
-        request.target = head.target.partition(b"?")[0].decode("latin-1")
-        request.extra = tuple(reader(head.headers) for reader in self._labels[connection.service])
-        request.body = RequestBody()
+        connection.reading = Request(arrived_ns, at_ns, tgid, tid)
+        connection.requests.append(connection.reading)
+        return True
 
-    def _end_request(self, connection: Connection) -> None:
+    def _take_head(self, connection: Connection, head: RequestHead) -> None:
         request = connection.reading
-        connection.reading = None
-        if request is not None:
-            self._take_model(request)
-
-    def _take_model(self, request: Request) -> None:
-        if request.body is None:
-            return
-        request.body.finish()
-        request.model = request.body.model
-        request.body = None
+        decoder = connection.response_decoder
+        if request is None or decoder is None:
+            return  # cannot be: both begin with its first byte
+        request.method = head.method
+        if request.status is not None:
+            return  # answered before its head was there
+        decoder.push_method(head.method)
+        api = api_of(head.method, head.target)
+        if api is not None:
+            service = self._services[connection.service].name
+            extra = tuple(reader(head.headers) for reader in self._labels[connection.service])
+            request.follow(api, head.target, service, extra, next(self._numbers), self._slis)
 
     # ---- bytes that the service wrote ----
 
@@ -475,6 +507,7 @@ class Conversations:
         data: bytes,
         uncaptured: int,
         lost: int,
+        lost_other: int,
         service: int,
         tgid: int,
         tid: int,
@@ -482,295 +515,220 @@ class Conversations:
         """See `probes.records.Handler`. Called for every frame: the plain case comes first and does little."""
         connection = self._connections.get(conn)
         if connection is None:
-            self.opened(conn, at_ns, service, "", False, 0, position)
-            connection = self._connections[conn]
-        if position != connection.tx_position:
-            self._miss_write(connection, position, data, lost != connection.tx_lost, at_ns)
-        connection.tx_lost = lost
+            connection = self._stray(conn, service, _UNKNOWN, position, lost_other, lost)
+            if connection is None:
+                return
+        expected = connection.tx_position
         connection.tx_position = (position + len(data) + uncaptured) % POSITIONS
-        decoder = connection.response_decoder
+        in_step = position == expected and lost_other == connection.rx_lost and not connection.seeking
+        if not in_step and not self._catch_up(connection, _distance(position, expected), data, lost, lost_other):
+            return
         requests = connection.requests
-        if not connection.tx_synced or decoder is None or not requests:
-            self._unexpected_write(connection, data)
+        decoder = connection.response_decoder
+        if not requests or not connection.tx_synced or decoder is None:
+            self._take_unasked(connection, data)
             return
-        requests[0].last_write_ns = at_ns
-        self._answer(connection, decoder.feed(data), at_ns)
-        if uncaptured:
-            self._answer(connection, decoder.skip(uncaptured), at_ns)
-
-    def _miss_write(
-        self, connection: Connection, position: int, data: bytes, was_lost: bool, at_ns: int
-    ) -> None:
-        """Bytes were written that no record carried; `data` is what comes after them."""
-        decoder, requests = connection.response_decoder, connection.requests
-        if not connection.tx_synced or decoder is None or not requests:
-            return
-        why = Capture.lost_events if was_lost else Capture.undecodable
-        if looks_like_response(data):
-            # The end of one response and the head of the next: what was answered before the last request is over.
-            while len(requests) > 1:
-                request = requests.popleft()
-                request.spoil(why)
-                self._finish(connection, request, request.last_write_ns)
-            decoder.resync(decoder.offset, [requests[0].method.encode("latin-1")])
-            return
-        requests[0].spoil(why)
-        if requests[0].sse is not None and looks_like_chunk(data):
-            requests[0].sse = SseDecoder()
-            requests[0].gap_open = True
-            decoder.resync_chunk(decoder.offset)
-            return
-        missing = (position - connection.tx_position) % POSITIONS
-        if missing >= POSITIONS // 2:
-            self._lose_response(connection, why)
+        request = requests[0]
+        request.last_write_ns = at_ns
+        events = decoder.feed(data)
+        if len(events) == 1 and type(events[0]) is Body:
+            request.take_answer(events[0].data, at_ns, connection.client_left_ns)
         else:
-            self._answer(connection, decoder.skip(missing), at_ns, why)
+            self._take_answer(connection, events, at_ns)
+        if uncaptured:
+            self._take_answer(connection, decoder.skip(uncaptured), at_ns)
 
-    def _lose_response(self, connection: Connection, why: Capture) -> None:
-        """The response direction is out of step until the connection's next request."""
-        connection.tx_synced = False
+    def _catch_up(self, connection: Connection, missing: int | None, data: bytes, lost: int, lost_other: int) -> bool:
+        """Something came between the last record and this one. False: nobody can tell what `data` belongs to."""
+        lost_reads, lost_writes = connection.note_losses(lost_other, lost)
+        if missing is None:
+            missing = _HALF if connection.tx_loss else 0
+        why = _why(connection.tx_loss)
+        if missing:
+            connection.tx_loss = False
+        if lost_reads:
+            self._lose_reads(connection)
+        if not connection.tx_synced or not connection.requests or not (missing or connection.seeking):
+            return True
+        if lost_reads or not connection.rx_synced or missing >= _HALF:
+            self._give_up(connection, why)
+            return False
+        if looks_like_response(data):
+            return self._bridge_to_head(connection, lost_writes, why)
+        return self._bridge_to_body(connection, missing, data, why)
+
+    def _bridge_to_head(self, connection: Connection, lost_writes: bool, why: Capture) -> bool:
+        """After a gap comes the head of a response. With two requests it is the second one's: the gap took the first.
+
+        With one whose answer had not begun it is its own, and the gap took an interim response; were it another's, the
+        request to it would stand in the queue. With more it may be anybody's.
+        """
+        requests, decoder = connection.requests, connection.response_decoder
+        request = requests[0]
+        if request.status is not None or len(requests) == 2:
+            requests.popleft()
+            request.spoil(why)
+            request.end_answer()
+            self._finish(connection, request, request.last_write_ns)
+        elif lost_writes:  # since it was read; what was lost before is of an answer to another
+            request.spoil(why)
+        if len(requests) != 1 or decoder is None:
+            self._give_up(connection, why)
+            return False
+        connection.seeking = False
+        decoder.resync(decoder.offset, [requests[0].method])
+        return True
+
+    def _bridge_to_body(self, connection: Connection, missing: int, data: bytes, why: Capture) -> bool:
+        """After a gap comes the middle of a response: of the only request, and where in it its framing must tell."""
+        requests, decoder = connection.requests, connection.response_decoder
+        if len(requests) != 1 or decoder is None:
+            self._give_up(connection, why)
+            return False
+        request = requests[0]
+        if request.is_stream and looks_like_chunk(data):
+            request.miss_answer(why)
+            connection.seeking = False
+            decoder.resync_chunk(decoder.offset)
+        elif not connection.seeking:
+            request.spoil(why)
+            # Where the response ended within the gap, its last write that was seen is the best that is known.
+            self._take_answer(connection, decoder.skip(missing), request.last_write_ns, why)
+        return not connection.seeking and connection.tx_synced
+
+    def _give_up(self, connection: Connection, why: Capture) -> None:
+        """Both directions are out of step until the connection's next request; what waits has an unknown end."""
+        connection.tx_synced = connection.seeking = False
+        if connection.rx_synced and not connection.requests:
+            self._lose_requests(connection, why)
         connection.rx_synced = False
+        connection.reading = None
         for request in connection.requests:
             request.spoil(why)
 
-    def _unexpected_write(self, connection: Connection, data: bytes) -> None:
+    def _take_unasked(self, connection: Connection, data: bytes) -> None:
         """Bytes of a response whose request was not seen: it was under way when the agent attached, or out of step."""
-        if connection.start_unseen or connection.requests or b"data:" not in data:
+        if connection.requests:
             return
-        connection.start_unseen = True
-        self._slis.capture(self._services[connection.service].name, Capture.start_unseen)
+        if connection.tx_synced:
+            # 4xx: servers send 408 to a client that keeps them waiting; 1xx answers nothing.
+            if connection.rx_synced and looks_like_response(data) and data[9:10] not in b"14":
+                self._lose_requests(connection, Capture.lost_events)
+        elif connection.unseen_start is not None and b"data:" in data:
+            self._slis.capture(self._services[connection.service].name, connection.unseen_start)
+            connection.unseen_start = None
 
-    def _answer(
-        self,
-        connection: Connection,
-        events: Sequence[object],
-        at_ns: int,
-        why: Capture = Capture.undecodable,
+    def _take_answer(
+        self, connection: Connection, events: Sequence[object], at_ns: int, why: Capture = Capture.undecodable
     ) -> None:
+        requests = connection.requests
         for event in events:
-            if type(event) is Body:
-                request = connection.requests[0] if connection.requests else None
-                if request is None or request.api is None:
-                    continue
-                if request.sse is not None:
-                    for data in request.sse.feed(event.data):
-                        self._frame(connection, request, data, at_ns)
-                elif request.response_body is not None:
-                    request.response_body.feed(event.data)
-            elif type(event) is End:
-                self._end_response(connection, at_ns)
-            elif type(event) is Start:
-                connection.response_start_ns = at_ns
-            elif type(event) is ResponseHead:
-                self._response_head(connection, event)
-            elif type(event) is Gap:
-                self._response_gap(connection)
-            elif type(event) is Broken:
-                self._lose_response(connection, why)
+            if type(event) is Broken:
+                self._break_answer(connection, event, why)
                 return
+            if not requests:
+                continue
+            request = requests[0]
+            if type(event) is Body:
+                request.take_answer(event.data, at_ns, connection.client_left_ns)
+            elif type(event) is End:
+                self._end_answer(connection, at_ns)
+            elif type(event) is Start:
+                request.first_byte_ns = at_ns
+            elif type(event) is ResponseHead:
+                request.take_answer_head(event)
+                if event.status == _SWITCHING or (request.method == b"CONNECT" and 200 <= event.status < 300):
+                    self._turn_opaque(connection)
+            elif type(event) is Gap:
+                request.miss_answer(why)
 
-    def _response_head(self, connection: Connection, head: ResponseHead) -> None:
-        if not connection.requests:
-            return
-        request = connection.requests[0]
-        request.status = head.status
-        request.first_byte_ns = connection.response_start_ns
-        if request.api is None:
-            return
-        if request.body is not None and request is not connection.reading:
-            self._take_model(request)
-        if head.headers.get(b"content-type", b"").lower().startswith(b"text/event-stream"):
-            request.sse = SseDecoder()
+    def _break_answer(self, connection: Connection, broken: Broken, why: Capture) -> None:
+        requests = connection.requests
+        if broken.reason is Reason.GAP and len(requests) == 1 and requests[0].is_stream:
+            requests[0].miss_answer(why)
+            connection.seeking = True
         else:
-            request.response_body = ResponseBody()
+            self._give_up(connection, why)
 
-    def _response_gap(self, connection: Connection) -> None:
-        """Some of the body is unknown: what a frame or the usage would have said is not said."""
-        if not connection.requests:
-            return
-        request = connection.requests[0]
-        request.response_body = None
-        if request.sse is not None:
-            request.sse = SseDecoder()
-            request.gap_open = True
+    def _turn_opaque(self, connection: Connection) -> None:
+        """The connection goes on in another protocol, such as WebSocket: nothing on it is a request any more."""
+        connection.opaque = True
+        connection.rx_synced = connection.tx_synced = False
+        connection.reading = None
+        while connection.requests:
+            request = connection.requests.popleft()
             request.spoil(Capture.undecodable)
-
-    def _frame(self, connection: Connection, request: Request, data: bytes, at_ns: int) -> None:
-        assert request.api is not None
-        frame = parse_frame(request.api, data)
-        if frame is None:
-            request.spoil(Capture.undecodable)
-            return
-        if frame.content:
-            series = request.series
-            if series is None:
-                if frame.model is not None and request.model is None:
-                    request.model = frame.model
-                series = self._series_of(connection, request)
-            last = request.last_token_ns
-            if last is None:
-                request.first_token_ns = at_ns
-                series.first_token(max(0, at_ns - request.arrived_ns), at_ns)
-            elif request.gap_open:
-                request.gap_open = False
-            else:
-                gap = max(0, at_ns - last)
-                series.gap(gap)
-                longest = request.longest_gap_ns
-                if longest is None or gap > longest:
-                    request.longest_gap_ns = gap
-            request.last_token_ns = at_ns
-            request.frames += 1
-            series.frame()
-            if connection.client_left_ns is not None:
-                request.wasted += 1
-        if frame.usage is not None:
-            request.take_usage(frame.usage)
-        if (frame.done or frame.finish) and request.done_ns is None:
-            request.done_ns = at_ns
-        if frame.error:
-            request.error = True
-        if request.model is None and frame.model is not None:
-            request.model = frame.model
-
-    def _series_of(self, connection: Connection, request: Request) -> Series:
-        if request.series is None:
-            assert request.api is not None
-            client_error = request.status is not None and 400 <= request.status < 500
-            request.series = self._slis.series(
-                self._services[connection.service].name,
-                request.model,
-                request.api.value,
-                request.extra,
-                request.status is not None and not client_error,
-            )
-        return request.series
+            self._finish(connection, request, request.last_write_ns)
 
     # ---- the end ----
 
-    def _end_response(self, connection: Connection, at_ns: int, *, by_close: bool = False) -> None:
+    def _end_answer(self, connection: Connection, at_ns: int, *, by_close: bool = False) -> None:
         """The response is complete; `by_close`: only because the connection ended."""
-        if not connection.requests:
-            return
         request = connection.requests.popleft()
-        if connection.reading is request:
-            # Answered before it was read to its end, as an error may be: the rest of its body belongs to nobody.
-            connection.reading = None
         if request.api is None:
             return
-        if request.response_body is not None:
-            self._take_response_body(request, request.response_body)
-        if by_close and request.sse is not None and request.done_ns is None:
+        left_ns = connection.client_left_ns
+        whole = request.end_answer()
+        if by_close and not whole:
             # The close is all that ended it, and it had not said that it was finished.
-            if connection.client_left_ns is not None:
-                self._finish(connection, request, connection.client_left_ns, aborted=True)
+            if left_ns is not None:
+                self._finish(connection, request, left_ns, aborted=True)
             else:
                 self._finish(connection, request, at_ns, cut_off=True)
-        elif connection.client_left_ns is not None and (request.wasted or request.sse is None):
-            connection.lingering = request
-            self._lingering.add(connection.id)
-        else:
-            self._finish(connection, request, at_ns)
-
-    def _take_response_body(self, request: Request, body: ResponseBody) -> None:
-        body.finish()
-        if body.broken and request.status is not None and request.status < 400:
-            request.spoil(Capture.undecodable)
-        if body.usage is not None:
-            request.take_usage(body.usage)
-        if body.error:
-            request.error = True
-        if request.model is None:
-            request.model = body.model
-
-    def _end_lingering(self, connection: Connection, reset: bool) -> None:
-        """A client that closed its side while it was answered either waits for the answer, or has gone and resets."""
-        request = connection.lingering
-        connection.lingering = None
-        self._lingering.discard(connection.id)
-        if request is None:
             return
-        if reset and connection.client_left_ns is not None:
-            if request.sse is None:
-                request.wasted = request.completion_tokens or 0
-            self._finish(connection, request, connection.client_left_ns, aborted=True)
+        if not whole and not request.is_stream:
+            request.spoil(Capture.undecodable)
+        if left_ns is None or at_ns <= left_ns or request.said_done(left_ns):
+            self._finish(connection, request, at_ns)
         else:
-            request.wasted = 0
-            self._finish(connection, request, request.last_write_ns)
+            if len(connection.lingering) >= PIPELINE_LIMIT:
+                self._end_lingering(connection)
+            connection.lingering.append(request)
+            self._lingering.add(connection.id)
+
+    def _end_lingering(self, connection: Connection) -> None:
+        """A client that closed its side while it was answered either waits for the answer, or has gone and resets."""
+        if not connection.lingering:
+            return
+        self._lingering.discard(connection.id)
+        waiting, connection.lingering = connection.lingering, []
+        for request in waiting:
+            request.waste(connection.was_reset)
+            if connection.was_reset and connection.client_left_ns is not None:
+                self._finish(connection, request, connection.client_left_ns, aborted=True)
+            else:
+                self._finish(connection, request, request.last_write_ns)
 
     def _finish(
         self,
         connection: Connection,
         request: Request,
-        finished_ns: int,
+        ended_ns: int,
         *,
         aborted: bool = False,
         cut_off: bool = False,
     ) -> None:
         if request.api is None:
             return
-        if connection.reading is request:
-            connection.reading = None
-        self._take_model(request)
-        service = self._services[connection.service].name
-        if request.done_ns is not None and request.done_ns <= finished_ns:
-            aborted = cut_off = False  # everything but the framing's last bytes had been sent
-        if request.model is None:
-            request.spoil(Capture.model_unseen)
-        phase = None
-        if aborted:
-            phase = Phase.waiting if request.first_token_ns is None else Phase.streaming
-        finished = FinishedRequest(
-            number=request.number,
-            service=service,
-            model=request.model,
-            api=request.api.value,
-            extra=request.extra,
-            streamed=request.sse is not None,
-            status=request.status,
-            arrived_ns=request.arrived_ns,
-            read_ns=request.read_ns,
-            first_byte_ns=request.first_byte_ns,
-            first_token_ns=request.first_token_ns,
-            last_token_ns=request.last_token_ns,
-            finished_ns=max(finished_ns, request.arrived_ns),
-            frames=request.frames,
-            prompt_tokens=request.prompt_tokens,
-            completion_tokens=request.completion_tokens,
-            cached_tokens=request.cached_tokens,
-            wasted_tokens=request.wasted,
-            longest_gap_ns=request.longest_gap_ns,
-            failure=None if aborted else _failure(request, cut_off),
-            aborted=phase,
-            capture=request.capture,
-            method=request.method,
-            target=request.target,
-            peer=connection.peer,
-            tgid=request.tgid,
-            tid=request.tid,
-        )
-        self._series_of(connection, request).finished(finished)
-        self._slis.capture(service, request.capture)
+        finished = request.finish(connection.peer, ended_ns, aborted=aborted, cut_off=cut_off)
+        request.series().finished(finished)
+        self._slis.capture(finished.service, finished.capture)
         self._on_finished(finished)
 
 
-def _failure(request: Request, cut_off: bool) -> Failure | None:
-    status = request.status
-    if status == _RATE_LIMITED:
-        return Failure.rate_limited
-    if status is not None and 400 <= status < 500:
-        return Failure.client_error
-    if (status is not None and status >= 500) or request.error:
-        return Failure.server_error
-    return Failure.cut_off if cut_off else None
+def _distance(position: int, expected: int) -> int | None:
+    """How far `position` is beyond what was expected, modulo 2**32; None where nothing could be expected."""
+    return None if expected == _UNKNOWN else (position - expected) % POSITIONS
 
 
-def _arrival(segments: deque[tuple[int, int, int]], position: int) -> int | None:
-    """When the byte at `position` arrived: the earliest segment that covers it. None: no such segment was seen."""
-    for start, size, ns in segments:
-        if (position - start) % POSITIONS < size:
-            return ns
-    return None
+def _is_after(position: int, other: int) -> bool:
+    """Tell whether `position` is beyond `other`, in the half of the circle that is ahead of it."""
+    return 0 < (position - other) % POSITIONS < _HALF
+
+
+def _why(lost: bool) -> Capture:
+    """Why bytes are missing: their records were lost, or a call moved them that is not followed."""
+    return Capture.lost_events if lost else Capture.undecodable
 
 
 def _label_readers(service: Service, names: Sequence[str]) -> tuple[Callable[[Mapping[bytes, bytes]], str], ...]:

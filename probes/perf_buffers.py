@@ -8,6 +8,7 @@ import mmap
 import os
 import platform
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -49,6 +50,30 @@ def open_perf_buffers(perf_map: Map, pages: int) -> list[int]:
             os.close(descriptor)
         raise
     return descriptors
+
+
+def keep_perf_buffers(descriptors: Iterable[int], pages: int) -> list[mmap.mmap]:
+    """Map each buffer, without the right to look into it, until the result is closed.
+
+    The kernel frees a buffer with its last mapping: a reader that dies would take along what it had not read, and
+    nobody could count it. `pages` as in open_perf_buffers(). A forked child does not inherit the mappings. Raises
+    HostError.
+    """
+    size = (1 + pages) * mmap.PAGESIZE
+    libc = ctypes.CDLL(None, use_errno=True)
+    kept = []
+    for descriptor in descriptors:
+        try:
+            # Writable at first: the kernel takes a buffer that nobody can acknowledge for one to be overwritten.
+            mapping = mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+            address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+            if libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(size), 0) != 0:
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        except OSError as error:
+            what = f"cannot map a perf buffer of {pages} pages: {error.strerror}"
+            raise HostError(what, "use fewer pages, or raise kernel.perf_event_mlock_kb") from error
+        kept.append(mapping)
+    return kept
 
 
 def _open(cpu: int, wakeup_bytes: int) -> int:

@@ -2,6 +2,8 @@
 
 The order is that of `seen_ns`, the instant at which the kernel made each record. A record younger than the moment
 before the streams were looked at is left for the next time: an older one may still be on its way in another stream.
+What one thread does is in order whatever the clocks say: the record of a read is in its stream before the call returns,
+and the answer is written after that.
 """
 
 from __future__ import annotations
@@ -26,8 +28,13 @@ if TYPE_CHECKING:
 
     from probes.requests import Channel, Channels
 
-MARGIN_NS: Final = 1_000_000
-"""A record is made within this time of its `seen_ns`: the kernel reads the clock and reserves with preemption off."""
+MARGIN_NS: Final = 2_000_000
+"""A record is in its buffer within this time of its `seen_ns`: the kernel does both with preemption off, but interrupts
+come between. A perf source holds back what is younger than this when *it* is looked at, which is later than the moment
+that counts here, so what is due has left no source's hands."""
+
+SLICE: Final = 2048
+"""Records of one stream that are decoded at a time. A full ring at once would cost four times its size in memory."""
 
 
 class EventKind(IntEnum):
@@ -54,8 +61,14 @@ class Handler(Protocol):
     def accepted(self, conn: int, service: int) -> None:
         """A process of `service` took the connection from its accept queue."""
 
-    def state(self, conn: int, seen_ns: int, old: int, new: int, tgid: int) -> None:
-        """TCP went from one state to another."""
+    def state(
+        self, conn: int, seen_ns: int, old: int, new: int, tgid: int, rx_position: int, tx_position: int, error: int
+    ) -> None:
+        """TCP went from one state to another.
+
+        The positions are those after the last byte that a record was made for, delivered or not. `error` is the errno
+        that the connection died of; 0 where `new` is not CLOSE, or where the service closed it.
+        """
 
     def reset(self, conn: int, seen_ns: int) -> None:
         """The peer sent RST."""
@@ -68,13 +81,15 @@ class Handler(Protocol):
         data: bytes,
         uncaptured: int,
         lost: int,
+        lost_other: int,
         service: int,
         tgid: int,
         tid: int,
     ) -> None:
         """The service's read returned `data` at `at_ns`; after it come `uncaptured` bytes that nobody copied.
 
-        `lost` is how many records of this direction of the connection were lost so far.
+        `lost` is how many records of this direction of the connection were lost so far, modulo 2**32; `lost_other`
+        the same of the other direction.
         """
 
     def wrote(
@@ -85,6 +100,7 @@ class Handler(Protocol):
         data: bytes,
         uncaptured: int,
         lost: int,
+        lost_other: int,
         service: int,
         tgid: int,
         tid: int,
@@ -92,7 +108,74 @@ class Handler(Protocol):
         """The service handed `data` to the kernel in a call made at `at_ns`. The rest as in `read`."""
 
 
-class RequestRecords:
+class Merge:
+    """Puts three sources of records, of events, reads and writes, into one order. `clock` is CLOCK_MONOTONIC in ns."""
+
+    def __init__(self, sources: Sequence[transport.RecordSource], clock: Callable[[], int] = time.monotonic_ns) -> None:
+        self._sources = sources
+        self._clock = clock
+        self._last_seen = [0] * len(sources)
+        self.delivered: dict[str, int] = {"events": 0, "reads": 0, "writes": 0}
+        """Records handed to the handler, by stream."""
+
+    def skip_all(self) -> int:
+        """Drop everything that is waiting, and return how many records that was."""
+        return sum(source.skip_all() for source in self._sources)
+
+    def drain(self, handler: Handler) -> int:
+        """Hand every record that is due to `handler`, in order. Returns how many there were; does not block.
+
+        Records that are made meanwhile are for the next call: it ends however fast they come.
+        """
+        horizon = self._clock() - MARGIN_NS
+        total = 0
+        while True:
+            count, more = self._drain_slice(handler, horizon)
+            total += count
+            if not count or not more:
+                return total
+
+    def _drain_slice(self, handler: Handler, horizon: int) -> tuple[int, bool]:
+        """Hand over at most `SLICE` records of each stream; say how many, and whether a stream may have more."""
+        batches = [source.pending(SLICE) for source in self._sources]
+        more = False
+        for index, (source, batch) in enumerate(zip(self._sources, batches, strict=True)):
+            cut = len(batch) >= SLICE
+            more = more or cut
+            if cut or source.stalled:
+                # What this stream has beyond here is not known: nothing younger may overtake it.
+                newest = int(_seen(batch).max()) if len(batch) else self._last_seen[index]
+                horizon = min(horizon, newest)
+        due = [_due(batch, horizon) for batch in batches]
+        total = sum(due)
+        if total:
+            self._hand_over([batch[:count] for batch, count in zip(batches, due, strict=True)], handler)
+        for index, (name, count) in enumerate(zip(self.delivered, due, strict=True)):
+            if count:
+                self._last_seen[index] = int(_seen(batches[index])[:count].max())
+                self._sources[index].consume(count)
+                self.delivered[name] += count
+        return total, more
+
+    def _hand_over(self, batches: Sequence[NDArray[np.void]], handler: Handler) -> None:
+        events, reads, writes = batches
+        calls = [
+            _event_calls(events, handler),
+            _chunk_calls(reads, handler.read),
+            _chunk_calls(writes, handler.wrote),
+        ]
+        merged = calls[0] + calls[1] + calls[2]
+        if len(merged) in map(len, calls):  # all of one stream, which is in order
+            for call, arguments in merged:
+                call(*arguments)
+            return
+        seen = np.concatenate([_seen(batch) for batch in batches])
+        for index in np.argsort(seen, kind="stable").tolist():
+            call, arguments = merged[index]
+            call(*arguments)
+
+
+class RequestRecords(Merge):
     """Maps the probe's streams and drains them into a handler. A context manager.
 
     Must be made while the process may still map the rings (facts: on Linux 5.10 an unprivileged process may not).
@@ -100,16 +183,10 @@ class RequestRecords:
     """
 
     def __init__(self, channels: Channels, clock: Callable[[], int] = time.monotonic_ns) -> None:
-        self._clock = clock
-        self._stack = ExitStack()
         with ExitStack() as opening:
-            self._sources = [
-                _source(channels, channel, opening) for channel in (channels.events, channels.reads, channels.writes)
-            ]
+            streams = (channels.events, channels.reads, channels.writes)
+            super().__init__([_source(channels, channel, clock, opening) for channel in streams], clock)
             self._stack = opening.pop_all()
-        self._last_seen = [0] * len(self._sources)
-        self.delivered: dict[str, int] = {"events": 0, "reads": 0, "writes": 0}
-        """Records handed to the handler, by stream."""
 
     def __enter__(self) -> Self:
         return self
@@ -119,50 +196,8 @@ class RequestRecords:
     ) -> None:
         self._stack.close()
 
-    def skip_all(self) -> int:
-        """Drop everything that is waiting, and return how many records that was."""
-        return sum(source.skip_all() for source in self._sources)
 
-    def drain(self, handler: Handler) -> int:
-        """Hand every record that is due to `handler`, in order. Returns how many there were; does not block."""
-        horizon = self._clock() - MARGIN_NS
-        batches = [source.pending() for source in self._sources]
-        for index, (source, batch) in enumerate(zip(self._sources, batches, strict=True)):
-            if source.stalled:
-                newest = int(_seen(batch)[-1]) if len(batch) else self._last_seen[index]
-                horizon = min(horizon, newest)
-        due = [_due(batch, horizon) for batch in batches]
-        total = sum(due)
-        if total:
-            self._hand_over([batch[:count] for batch, count in zip(batches, due, strict=True)], handler)
-        for index, (source, count) in enumerate(zip(self._sources, due, strict=True)):
-            if count:
-                self._last_seen[index] = int(_seen(batches[index])[count - 1])
-            source.consume(count)
-        for name, count in zip(self.delivered, due, strict=True):
-            self.delivered[name] += count
-        return total
-
-    def _hand_over(self, batches: Sequence[NDArray[np.void]], handler: Handler) -> None:
-        events, reads, writes = batches
-        calls = [
-            _event_calls(events, handler),
-            _chunk_calls(reads, handler.read),
-            _chunk_calls(writes, handler.wrote),
-        ]
-        if sum(1 for part in calls if part) == 1:
-            (only,) = (part for part in calls if part)
-            for call, arguments in only:
-                call(*arguments)
-            return
-        merged = calls[0] + calls[1] + calls[2]
-        seen = np.concatenate([_seen(batch) for batch in batches])
-        for index in np.argsort(seen, kind="stable").tolist():
-            call, arguments = merged[index]
-            call(*arguments)
-
-
-def _source(channels: Channels, channel: Channel, stack: ExitStack) -> transport.RecordSource:
+def _source(channels: Channels, channel: Channel, clock: Callable[[], int], stack: ExitStack) -> transport.RecordSource:
     dtype = btf.dtype_of(channels.object_path, channel.record)
     source: transport.RecordSource
     if channels.transport is Transport.RING:
@@ -170,7 +205,8 @@ def _source(channels: Channels, channel: Channel, stack: ExitStack) -> transport
         source = transport.RingSource(fd, channel.size, dtype)
     else:
         order = "seen_ns" if "seen_ns" in (dtype.names or ()) else "header.seen_ns"
-        source = transport.PerfSource(channel.fds, channel.size // mmap.PAGESIZE, dtype, order_field=order)
+        pages = channel.size // mmap.PAGESIZE
+        source = transport.PerfSource(channel.fds, pages, dtype, order, clock=clock, margin_ns=MARGIN_NS)
     stack.callback(source.close)
     return source
 
@@ -197,43 +233,51 @@ def _chunk_calls(batch: NDArray[np.void], call: Callable[..., None]) -> list[_Ca
     if not len(batch):
         return []
     header = batch["header"]
-    sizes = header["size"].tolist()
     payload = batch["payload"]
     width = payload.shape[1]
+    sizes = np.minimum(header["size"], width).tolist()
     # One copy of all payloads, then slices of bytes: a slice of a numpy row costs five times as much.
     blob = payload.tobytes()
     data = [blob[start : start + size] for start, size in zip(range(0, len(blob), width), sizes, strict=True)]
     columns = [
         header[name].tolist()
-        for name in ("conn", "at_ns", "position", "uncaptured", "lost", "service", "tgid", "tid")
+        for name in ("conn", "at_ns", "position", "uncaptured", "lost", "lost_other", "service", "tgid", "tid")
     ]
     conn, at_ns, position, *rest = columns
     return [(call, arguments) for arguments in zip(conn, at_ns, position, data, *rest, strict=True)]
 
 
+# An enum's member costs four times as much to look up and compare.
+_OPENED, _ACCEPTED, _SEGMENT, _STATE, _RESET = map(int, EventKind)
+
+
 def _event_calls(batch: NDArray[np.void], handler: Handler) -> list[_Call]:
     if not len(batch):
         return []
-    names = (
-        "kind conn seen_ns position tx_position size service tgid old_state new_state family born peer_port".split()
-    )
-    columns = [batch[name].tolist() for name in names]
+    names = "kind conn seen_ns position tx_position size service tgid old_state new_state error family born peer_port"
+    columns = [batch[name].tolist() for name in names.split()]
     peers = batch["peer"]
     calls: list[_Call] = []
     for index, row in enumerate(zip(*columns, strict=True)):
-        kind, conn, seen, position, tx_position, size, service, tgid, old, new, family, born, peer_port = row
-        if kind == EventKind.SEGMENT:
+        kind, conn, seen, position, tx_position, size, service, tgid, old, new, error, family, born, peer_port = row
+        if kind == _SEGMENT:
             calls.append((handler.segment, (conn, seen, position, size)))
-        elif kind == EventKind.STATE:
-            calls.append((handler.state, (conn, seen, old, new, tgid)))
-        elif kind == EventKind.OPENED:
+        elif kind == _STATE:
+            calls.append((handler.state, (conn, seen, old, new, tgid, position, tx_position, error)))
+        elif kind == _OPENED:
             peer = _address(peers[index].tobytes(), family, peer_port)
             calls.append((handler.opened, (conn, seen, service, peer, bool(born), position, tx_position)))
-        elif kind == EventKind.ACCEPTED:
+        elif kind == _ACCEPTED:
             calls.append((handler.accepted, (conn, service)))
-        else:
+        elif kind == _RESET:
             calls.append((handler.reset, (conn, seen)))
+        else:
+            calls.append((_unknown_event, (kind,)))  # one call for each record: the merge counts on it
     return calls
+
+
+def _unknown_event(kind: int) -> None:
+    """Take a record of no kind that is known here: the object is newer than this file."""
 
 
 _AF_INET: Final = 2

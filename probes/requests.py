@@ -222,6 +222,8 @@ class RequestsProbe:
         pages = 1 << (pages.bit_length() - 1)
         fds = perf_buffers.open_perf_buffers(self._object.map(f"{stream}_perf"), pages)
         stack.callback(_close_all, fds)
+        for kept in perf_buffers.keep_perf_buffers(fds, pages):
+            stack.callback(kept.close)
         return Channel(record, tuple(fds), pages * mmap.PAGESIZE)
 
     def _follow_ports(self, ports: Mapping[tuple[int, int], int]) -> None:

@@ -1,0 +1,338 @@
+"""One request while it is under way: its instants, and what its bytes say that the SLIs need.
+
+What each instant and outcome means is defined in docs/semantics.md. What a user feels is recorded as it happens (first
+token, each gap), the rest when the request is over. Nothing here keeps text: a frame is looked at and dropped.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from exporter.request import Capture, Failure, FinishedRequest, Phase
+from probes.wire.openai import Api, RequestBody, ResponseBody, Usage, parse_frame
+from probes.wire.sse import SseDecoder
+
+if TYPE_CHECKING:
+    from exporter.slis import Series, Slis
+    from probes.wire.http1 import ResponseHead
+
+_RATE_LIMITED: Final = 429
+_NO_CONTENT: Final = 204
+_MILD: Final = (Capture.complete, Capture.arrival_unseen)
+
+
+class Request:
+    """One request of a connection. Instants are CLOCK_MONOTONIC ns; None is "not yet", or "not seen".
+
+    Until `follow` it is any HTTP request, which only stands in the connection's queue: `api` is None, and whatever is
+    said to it but its method, status and instants is ignored. `finish` is for requests that are followed.
+    """
+
+    __slots__ = (
+        "_body",
+        "_cached_tokens",
+        "_capture",
+        "_completion_tokens",
+        "_done_ns",
+        "_error",
+        "_first_token_ns",
+        "_frames",
+        "_gap",
+        "_last_token_ns",
+        "_longest_gap_ns",
+        "_number",
+        "_prompt_tokens",
+        "_response_body",
+        "_series",
+        "_slis",
+        "_sse",
+        "_streamed",
+        "_target",
+        "_wasted",
+        "api",
+        "arrived_ns",
+        "extra",
+        "first_byte_ns",
+        "last_write_ns",
+        "method",
+        "model",
+        "read_ns",
+        "service",
+        "status",
+        "tgid",
+        "tid",
+    )
+
+    def __init__(self, arrived_ns: int | None, read_ns: int, tgid: int, tid: int) -> None:
+        """A request whose first byte was read at `read_ns` by thread `tid` of process `tgid`."""
+        self.arrived_ns = read_ns if arrived_ns is None else arrived_ns
+        self.read_ns = read_ns
+        self.tgid = tgid
+        self.tid = tid
+        self.method = b""
+        self.status: int | None = None
+        self.first_byte_ns: int | None = None
+        self.last_write_ns = read_ns
+        self.api: Api | None = None
+        self.model: str | None = None
+        self.service = ""
+        self.extra: tuple[str, ...] = ()
+        self._capture = Capture.arrival_unseen if arrived_ns is None else Capture.complete
+        self._slis: Slis | None = None
+        self._series: Series | None = None
+        self._number = 0
+        self._target = ""
+        self._body: RequestBody | None = None
+        self._streamed = False
+        self._sse: SseDecoder | None = None
+        self._response_body: ResponseBody | None = None
+        self._first_token_ns: int | None = None
+        self._last_token_ns: int | None = None
+        self._longest_gap_ns: int | None = None
+        self._gap = False  # frames may be missing since the last one
+        self._frames = 0
+        self._wasted = 0
+        self._done_ns: int | None = None  # it said that it was complete: [DONE], or a choice's finish reason
+        self._error = False
+        self._prompt_tokens: int | None = None
+        self._completion_tokens: int | None = None
+        self._cached_tokens: int | None = None
+
+    def follow(self, api: Api, target: bytes, service: str, extra: tuple[str, ...], number: int, slis: Slis) -> None:
+        """Its head says that it is for an LLM: from here on its bytes are looked at."""
+        self.api = api
+        self.service = service
+        self.extra = extra
+        self._number = number
+        # A query string may hold secrets.
+        self._target = target.partition(b"?")[0].decode("latin-1")
+        self._slis = slis
+        self._body = RequestBody()
+
+    def spoil(self, capture: Capture) -> None:
+        """Something of the request was not seen. The first loss that is worse than an unseen arrival stays."""
+        if self._capture in _MILD:
+            self._capture = capture
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether its answer is a stream of frames that can be read."""
+        return self._sse is not None
+
+    @property
+    def has_wasted(self) -> bool:
+        """Whether frames were handed over after the client had left."""
+        return self._wasted > 0
+
+    def said_done(self, by_ns: int) -> bool:
+        """Tell whether the answer had said by then that it was complete, as streams do before their last byte."""
+        return self._done_ns is not None and self._done_ns <= by_ns
+
+    # ---- what the client says ----
+
+    def take_body(self, data: bytes) -> None:
+        """Bytes of the request's body."""
+        if self._body is not None:
+            self._body.feed(data)
+
+    def miss_body(self) -> None:
+        """Some bytes of the request's body were not captured. The model may have been found before."""
+        if self._body is not None:
+            self._body.gap()
+
+    def end_body(self) -> None:
+        """The request's body is complete, or nothing more of it will be seen."""
+        body = self._body
+        if body is None:
+            return
+        self._body = None
+        body.finish()
+        if self.model is None:
+            self.model = body.model
+
+    # ---- what the service answers ----
+
+    def take_answer_head(self, head: ResponseHead) -> None:
+        """The response's head: whether it is a stream."""
+        self.status = head.status
+        if self.api is None:
+            return
+        kind = head.headers.get(b"content-type", b"")
+        self._streamed = kind.lower().startswith(b"text/event-stream")
+        coding = head.headers.get(b"content-encoding", b"").lower()
+        if coding not in (b"", b"identity"):
+            if _succeeded(head.status):
+                self.spoil(Capture.undecodable)  # compressed: no frame and no usage can be read
+        elif self._streamed:
+            self._sse = SseDecoder()
+        else:
+            self._response_body = ResponseBody()
+
+    def take_answer(self, data: bytes, at_ns: int, client_left_ns: int | None) -> None:
+        """Bytes of the response's body, handed over at `at_ns`."""
+        if self._sse is not None:
+            for payload in self._sse.feed(data):
+                self._take_frame(payload, at_ns, client_left_ns)
+        elif self._response_body is not None:
+            self._response_body.feed(data)
+
+    def miss_answer(self, why: Capture) -> None:
+        """Some of the response's body is unknown: what a frame or the usage would have said is not said."""
+        self.spoil(why)
+        if self._sse is not None:
+            self._sse = SseDecoder()
+            self._gap = True
+        elif self._response_body is not None:
+            self._response_body.gap()
+
+    def end_answer(self) -> bool:
+        """Nothing more of the response comes. Returns whether what came says that it is whole."""
+        if self._sse is not None:
+            return self._done_ns is not None
+        body = self._response_body
+        if body is None:
+            return True
+        self._response_body = None
+        body.finish()
+        if body.usage is not None:
+            self._take_usage(body.usage)
+        if body.error:
+            self._error = True
+        if self.model is None:
+            self.model = body.model
+        return not (body.broken and _succeeded(self.status))
+
+    def _take_frame(self, data: bytes, at_ns: int, client_left_ns: int | None) -> None:
+        assert self.api is not None
+        frame = parse_frame(self.api, data)
+        if frame is None:
+            self._take_riddle(data)
+            return
+        if frame.content:
+            if self.model is None:
+                self._find_model(frame.model)
+            series = self._series or self.series()
+            last = self._last_token_ns
+            if self._gap:
+                # What came before it, and when, is not known: it is neither the first token nor the end of a gap.
+                self._gap = False
+            elif last is None:
+                self._first_token_ns = at_ns
+                series.first_token(max(0, at_ns - self.arrived_ns), at_ns)
+            else:
+                gap = max(0, at_ns - last)
+                series.gap(gap)
+                longest = self._longest_gap_ns
+                if longest is None or gap > longest:
+                    self._longest_gap_ns = gap
+            self._last_token_ns = at_ns
+            self._frames += 1
+            series.frame()
+            if client_left_ns is not None:
+                self._wasted += 1
+            self._done_ns = None  # one of several choices may have finished before
+        if frame.finish or frame.done:
+            self._done_ns = self._done_ns or at_ns
+        if frame.usage is not None:
+            self._take_usage(frame.usage)
+        if frame.error:
+            self._error = True
+        if self.model is None:
+            self.model = frame.model
+
+    def _take_riddle(self, data: bytes) -> None:
+        """Take a frame that says nothing; an empty one is a keep-alive, another may have been content."""
+        if data.strip():
+            self.spoil(Capture.undecodable)
+            self._gap = True
+
+    def _find_model(self, said: str | None) -> None:
+        """The answer has begun: whatever names the model now has to do, for the series is chosen by it."""
+        self.model = said if self._body is None else self._body.model or said
+
+    def _take_usage(self, usage: Usage) -> None:
+        """Remember the response's own counts; a later usage replaces an earlier one, for they are running totals."""
+        if usage.prompt_tokens is not None:
+            self._prompt_tokens = usage.prompt_tokens
+        if usage.completion_tokens is not None:
+            self._completion_tokens = usage.completion_tokens
+        if usage.cached_tokens is not None:
+            self._cached_tokens = usage.cached_tokens
+
+    # ---- the end ----
+
+    def waste(self, wasted: bool) -> None:
+        """Say whether what was handed over after the client had shut its side reached nobody."""
+        if not wasted:
+            self._wasted = 0
+        elif not self._streamed:
+            self._wasted = self._completion_tokens or 0
+
+    def series(self) -> Series:
+        """The series that counts it. Chosen once: when its first token is seen, or else when it is over."""
+        if self._series is None:
+            assert self.api is not None and self._slis is not None
+            answered = self.status is not None and not 400 <= self.status < 500
+            self._series = self._slis.series(self.service, self.model, self.api.value, self.extra, answered)
+        return self._series
+
+    def finish(self, peer: str, ended_ns: int, *, aborted: bool = False, cut_off: bool = False) -> FinishedRequest:
+        """It is over since `ended_ns`; `aborted`: because the client left then, `cut_off`: because the service did."""
+        assert self.api is not None
+        self.end_body()
+        if self.said_done(ended_ns):
+            aborted = cut_off = False  # everything but the framing's last bytes had been sent
+        if self._sse is not None and self._sse.oversize:
+            self.spoil(Capture.undecodable)
+        if self.model is None:
+            self.spoil(Capture.model_unseen)
+        return FinishedRequest(
+            number=self._number,
+            service=self.service,
+            model=self.model,
+            api=self.api.value,
+            extra=self.extra,
+            streamed=self._streamed,
+            status=self.status,
+            arrived_ns=self.arrived_ns,
+            read_ns=self.read_ns,
+            first_byte_ns=self.first_byte_ns,
+            first_token_ns=self._first_token_ns,
+            last_token_ns=self._last_token_ns,
+            finished_ns=max(ended_ns, self.arrived_ns),
+            frames=self._frames,
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=self._completion_tokens,
+            cached_tokens=self._cached_tokens,
+            wasted_tokens=self._wasted,
+            longest_gap_ns=self._longest_gap_ns,
+            failure=None if aborted else self._failure(cut_off),
+            aborted=self._phase(ended_ns) if aborted else None,
+            capture=self._capture,
+            method=self.method.decode("latin-1"),
+            target=self._target,
+            peer=peer,
+            tgid=self.tgid,
+            tid=self.tid,
+        )
+
+    def _phase(self, left_ns: int) -> Phase:
+        """Where it stood when the client left: tokens that were handed over after that were for nobody."""
+        if self._first_token_ns is not None:
+            return Phase.waiting if left_ns < self._first_token_ns else Phase.streaming
+        return Phase.streaming if self._frames > self._wasted else Phase.waiting
+
+    def _failure(self, cut_off: bool) -> Failure | None:
+        status = self.status
+        if status == _RATE_LIMITED:
+            return Failure.rate_limited
+        if status is not None and 400 <= status < 500:
+            return Failure.client_error
+        if (status is not None and status >= 500) or self._error:
+            return Failure.server_error
+        return Failure.cut_off if cut_off else None
+
+
+def _succeeded(status: int | None) -> bool:
+    """Tell whether an answer with this status has a body that says something."""
+    return status is not None and 200 <= status < 300 and status != _NO_CONTENT
