@@ -1,0 +1,1 @@
+"""What a host pays for the agent: the watched service, the agent itself, and everybody else."""

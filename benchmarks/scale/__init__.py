@@ -1,0 +1,1 @@
+"""What the agent costs and what it loses as the number of concurrent streams grows."""
