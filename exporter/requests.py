@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
+from exporter.config import NONE
 from exporter.live_request import Request
 from exporter.request import Capture, FinishedRequest
 from probes.wire.http1 import (
@@ -737,7 +738,7 @@ def _label_readers(service: Service, names: Sequence[str]) -> tuple[Callable[[Ma
     def reader(name: str) -> Callable[[Mapping[bytes, bytes]], str]:
         label = service.labels.get(name)
         if label is None:
-            return lambda _: ""
+            return lambda _: NONE
         header = label.header.encode("latin-1")
         return lambda headers: label.value_of(headers.get(header))
 
