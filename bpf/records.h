@@ -18,8 +18,11 @@
 
 /* Of one call at most this much is copied; the rest is counted (CNT_CAPPED_CALLS) and skipped by the decoders. */
 #define CALL_CAP_BYTES (256 * 1024)
-/* Segments of a vector that are followed, and messages of one sendmmsg or recvmmsg. */
-#define MAX_SEGMENTS 8
+/*
+ * Segments of a vector that are followed, and messages of one sendmmsg or recvmmsg. Node joins what one turn of its loop
+ * wrote, three segments for each chunk: the last token, the usage and [DONE] together are nine and more.
+ */
+#define MAX_SEGMENTS 32
 #define MAX_MESSAGES 8
 
 struct chunk_header {

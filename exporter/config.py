@@ -137,7 +137,7 @@ class Config(msgspec.Struct, frozen=True):
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """Names of the configured labels of all services, sorted. Where a service has no such label, its value is `NONE`."""
+        """Names of the configured labels of all services, sorted. A service without one of them has the value `NONE`."""
         return tuple(sorted({name for service in self.services for name in service.labels}))
 
 

@@ -160,7 +160,7 @@ def test_bytes_that_the_kernel_threw_away_are_missing_and_counted(recorded: Reco
 
 @pytest.mark.parametrize("how", ["writev", "sendmsg"])
 def test_a_long_vector_loses_its_end_but_not_its_place(recorded: Recorded, serve: StartServer, how: str) -> None:
-    pieces = [pattern(31 + index, index) for index in range(13)]
+    pieces = [pattern(31 + index, index) for index in range(37)]
     server = serve(["write", how, texts(pieces)], ["write", how, texts([b"next"])])
     recorded.follow(server)
     with server.connect() as client:
@@ -168,15 +168,15 @@ def test_a_long_vector_loses_its_end_but_not_its_place(recorded: Recorded, serve
     server.done()
     recorded.until_closed()
     assert got == b"".join(pieces) + b"next"
-    missing = sum(len(piece) for piece in pieces[8:])
-    assert recorded.recorder.only.written_bytes == [b"".join(pieces[:8]), missing, b"next"]
+    missing = sum(len(piece) for piece in pieces[32:])
+    assert recorded.recorder.only.written_bytes == [b"".join(pieces[:32]), missing, b"next"]
     assert recorded.reasons() == {Count.TOO_MANY_SEGMENTS: 1}
 
 
 def test_a_long_vector_to_read_into_loses_its_end_but_not_its_place(recorded: Recorded, serve: StartServer) -> None:
-    server = serve(["read_some", "readv_many", 1300], ["read", "recvfrom", 4])
+    server = serve(["read_some", "readv_many", 3700], ["read", "recvfrom", 4])
     recorded.follow(server)
-    sent = pattern(1300)
+    sent = pattern(3700)
     with server.connect() as client:
         client.sendall(sent + b"next")
         server.done()
@@ -184,8 +184,8 @@ def test_a_long_vector_to_read_into_loses_its_end_but_not_its_place(recorded: Re
     head, missing, tail = recorded.recorder.only.read_bytes
     assert isinstance(head, bytes)
     assert head == sent[: len(head)]
-    assert len(head) == 8 * 99  # eight of thirteen segments of 99 bytes, the last of 112
-    assert missing == 1300 - len(head)
+    assert len(head) == 32 * 99  # 32 of 37 segments of 99 bytes, the last of 136
+    assert missing == 3700 - len(head)
     assert tail == b"next"
     assert recorded.reasons() == {Count.TOO_MANY_SEGMENTS: 1}
 
@@ -222,7 +222,7 @@ def test_many_messages_to_read_into_lose_their_end_but_not_their_place(recorded:
 
 
 def test_messages_of_long_vectors_are_not_put_in_the_wrong_place(recorded: Recorded, serve: StartServer) -> None:
-    pieces = [pattern(110, 0), pattern(220, 1)]  # each in eleven segments
+    pieces = [pattern(370, 0), pattern(740, 1)]  # each in 37 segments
     server = serve(["write", "sendmmsg_segments", texts(pieces)], ["write", "sendmmsg", texts([b"next"])])
     recorded.follow(server)
     with server.connect() as client:

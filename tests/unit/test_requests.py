@@ -247,6 +247,17 @@ def test_answer_before_the_body_was_read(scene: Scene, wire: Wire) -> None:
     assert (following.model, following.failure, following.capture) == ("next", None, Capture.complete)
 
 
+def test_head_that_is_whole_after_its_answer_shifts_no_other(scene: Scene, wire: Wire) -> None:
+    wire.ask(b"HEAD / HTTP/1.1\r\nhost: ")
+    wire.write(b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\n\r\n")
+    wire.read(b"x\r\n\r\n")
+    wire.ask(post(stream=False))
+    wire.write(answer(completion()))
+    request = only(scene.play(wire))
+    assert (request.completion_tokens, request.capture) == (7, Capture.complete)
+    assert scene.captures == {Capture.complete: 1}
+
+
 def test_first_frames_before_the_body_was_read_know_the_model(scene: Scene, wire: Wire) -> None:
     body = post(b'{"model": "bard", "messages": "xxxxxxxxxxxxxxx"}')
     wire.ask(body[:-9])
@@ -255,6 +266,16 @@ def test_first_frames_before_the_body_was_read_know_the_model(scene: Scene, wire
     wire.write(chunk(DONE) + LAST_CHUNK)
     assert only(scene.play(wire)).model == "bard"
     assert scene.series.labels[1] == "bard"
+
+
+def test_model_of_the_series_stays_that_of_the_request(scene: Scene, wire: Wire) -> None:
+    body = post(b'{"messages": "xxxxxxxxxxxxxxx", "model": "late"}')
+    wire.ask(body[:-9])
+    wire.write(SSE_HEAD + chunk(word(model="early")))
+    wire.read(body[-9:])
+    wire.write(chunk(DONE) + LAST_CHUNK)
+    assert only(scene.play(wire)).model == "early"
+    assert scene.series.labels[1] == "early"
 
 
 def test_in_flight_is_what_is_not_finished(scene: Scene) -> None:
@@ -388,6 +409,26 @@ def test_client_that_leaves_after_done_has_everything(scene: Scene, wire: Wire) 
     assert (request.aborted, request.failure, ms(request.finished_ns)) == (None, None, 3.25)
 
 
+def test_client_that_leaves_between_the_last_token_and_done_has_everything(scene: Scene, wire: Wire) -> None:
+    wire.ask(post())
+    wire.write(SSE_HEAD + chunk(word()) + chunk(finish()), after_ms=1)
+    wire.at += 1
+    wire.go(CLOSE_WAIT)
+    wire.write(chunk(DONE), after_ms=1)
+    wire.write(LAST_CHUNK, after_ms=1)
+    wire.reset()
+    assert only(scene.play(wire)).aborted is None
+
+
+def test_reset_after_a_whole_object_is_no_abort(scene: Scene, wire: Wire) -> None:
+    wire.ask(post(stream=False))
+    wire.write(b"HTTP/1.0 200 OK\r\ncontent-type: application/json\r\n\r\n" + completion(), after_ms=1)
+    wire.at += 1
+    wire.reset()
+    request = only(scene.play(wire))
+    assert (request.aborted, request.failure, ms(request.finished_ns)) == (None, None, 1.25)
+
+
 def test_reset_instead_of_the_last_chunk_is_no_abort(scene: Scene, wire: Wire) -> None:
     wire.ask(post())
     wire.write(SSE_HEAD + chunk(word()) + chunk(finish()), after_ms=1)
@@ -517,6 +558,7 @@ def test_first_of_the_segments_with_the_first_byte_counts(scene: Scene, wire: Wi
 
 def test_segments_that_were_read_already_are_not_kept(scene: Scene, wire: Wire) -> None:
     request = post(stream=False)
+    wire.arrive(len(request))
     answered(scene, wire, request)
     wire.at = 10
     wire.arrive(len(request), position=wire.rx - len(request))  # sent again, for nothing
@@ -547,6 +589,19 @@ def test_segment_after_the_read_is_no_arrival(scene: Scene, wire: Wire) -> None:
     wire.read(request[1:])
     wire.write(answer(completion()))
     assert only(scene.play(wire)).capture is Capture.arrival_unseen
+
+
+def test_instants_in_the_wrong_order_make_no_negative_time(scene: Scene) -> None:
+    request = post()
+    follow = scene.conversations
+    follow.opened(1, START_NS, 0, "", True, 1, 1)
+    follow.state(1, START_NS + 3, ESTABLISHED, CLOSE_WAIT, 7, 1, 1, 0)
+    follow.segment(1, START_NS + 11, 1, len(request))
+    follow.read(1, START_NS + 5, 1, request, 0, 0, 0, 0, 7, 7)
+    follow.state(1, START_NS + 7, CLOSE_WAIT, LAST_ACK, 7, 1 + len(request), 1, 0)
+    finished = only(scene.finished)
+    assert finished.arrived_ns == finished.read_ns == finished.finished_ns == START_NS + 5
+    assert (finished.aborted, finished.capture) == (Phase.waiting, Capture.arrival_unseen)
 
 
 @pytest.mark.parametrize("before", [1, 29, 101, 211, 307])
@@ -644,6 +699,21 @@ def test_idle_connection_at_attach_loses_nothing(scene: Scene) -> None:
     wire.ask(post(stream=False))
     wire.write(answer(completion()))
     assert only(scene.play(wire)).capture is Capture.complete
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>", b'{"usage": ', b"[]"])
+def test_answer_that_is_no_object_is_undecodable(scene: Scene, wire: Wire, body: bytes) -> None:
+    wire.ask(post(stream=False))
+    wire.write(answer(body))
+    assert only(scene.play(wire)).capture is Capture.undecodable
+
+
+def test_answer_keeps_what_it_said_before_a_hole(scene: Scene, wire: Wire) -> None:
+    whole = answer(b'{"usage": {"completion_tokens": 7}, "choices": "' + b"x" * 997 + b'"}')
+    wire.ask(post(stream=False))
+    wire.write(whole[:-900], uncaptured=900)
+    request = only(scene.play(wire))
+    assert (request.completion_tokens, request.capture) == (7, Capture.undecodable)
 
 
 def test_bytes_past_the_cap_make_the_answer_undecodable(scene: Scene, wire: Wire) -> None:
@@ -839,6 +909,91 @@ def test_last_request_that_was_lost_is_counted_at_the_close(scene: Scene, wire: 
     assert scene.captures == {Capture.lost_events: 1}
 
 
+def test_lost_request_with_its_answer_costs_the_next_nothing(scene: Scene, wire: Wire) -> None:
+    wire.ask(post(stream=False, model="one"))
+    wire.write(answer(completion(tokens=2)))
+    wire.ask(post(stream=False, model="two"))
+    wire.write(answer(completion(tokens=3)))
+    wire.ask(post(stream=False, model="three"))
+    wire.write(answer(completion(tokens=5)))
+    finished = scene.play(wire, dropped={5, 6})
+    assert [(request.model, request.completion_tokens, request.capture) for request in finished] == [
+        ("one", 2, Capture.complete),
+        ("three", 5, Capture.complete),
+    ]
+    assert scene.captures == {Capture.complete: 2, Capture.lost_events: 1}
+
+
+def test_head_after_a_gap_is_nobodys_when_its_request_was_not_seen(scene: Scene, wire: Wire) -> None:
+    lost_stream(wire, words=3)
+    last = len(wire.records) - 1
+    wire.rx += len(post())  # read through io_uring, say
+    stream(wire, words=7)
+    first = only(scene.play(wire, dropped={last}))
+    assert (first.frames, first.capture) == (3, Capture.lost_events)
+    assert scene.captures == {Capture.lost_events: 2}
+
+
+def test_record_that_comes_twice_counts_once(scene: Scene, wire: Wire) -> None:
+    wire.ask(post())
+    wire.write(SSE_HEAD)
+    wire.write(chunk(word()), after_ms=1)
+    wire.records.append(wire.records[-1])
+    wire.service_closes()
+    request = only(scene.play(wire))
+    assert (request.frames, request.failure, request.capture) == (1, None, Capture.undecodable)
+
+
+@pytest.mark.parametrize("hole", [3, 7], ids=["of a read", "of a write"])
+def test_loss_explains_one_gap_only(scene: Scene, wire: Wire, hole: int) -> None:
+    for _ in range(2):
+        wire.ask(post(b'{"model": "a", "prompt": "' + b"x" * 97 + b'"}', stream=False)[:-50])
+        wire.read(b"x" * 25)
+        wire.read(b"x" * 23 + b'"}')
+        wire.write(SSE_HEAD)
+        for _ in range(3):
+            wire.write(chunk(word()), after_ms=1)
+        wire.write(chunk(DONE) + LAST_CHUNK)
+    # The first request loses a record; the second has the same hole, and nothing was lost.
+    del wire.records[hole + len(wire.records) // 2]
+    first, following = scene.play(wire, dropped={hole})
+    assert (first.capture, following.capture) == (Capture.lost_events, Capture.undecodable)
+
+
+@pytest.mark.parametrize("tx", [5_003, 2**31 + 5_003])
+def test_lost_beginning_and_lost_answer_are_no_abort(scene: Scene, tx: int) -> None:
+    wire = Wire(tx=tx)
+    wire.ask(post(stream=False, model="one"))
+    wire.write(answer(completion(tokens=2)))
+    wire.client_closes()
+    request = only(scene.play(wire, dropped={0, 3}))
+    assert (request.aborted, request.capture) == (None, Capture.lost_events)
+
+
+def test_lost_beginning_and_lost_answer_are_not_the_next_ones(scene: Scene, wire: Wire) -> None:
+    for model, tokens in (("one", 2), ("two", 3), ("three", 5)):
+        wire.ask(post(stream=False, model=model))
+        wire.write(answer(completion(tokens=tokens)))
+    finished = scene.play(wire, dropped={0, 3})
+    assert [(request.model, request.completion_tokens, request.capture) for request in finished] == [
+        ("one", None, Capture.lost_events),
+        ("two", None, Capture.lost_events),
+        ("three", 5, Capture.complete),
+    ]
+
+
+def test_losses_before_the_connection_was_known_are_not_the_requests(scene: Scene, wire: Wire) -> None:
+    """A reader that was started again finds connections that have lost records long ago."""
+    for model in ("one", "two", "three"):
+        wire.ask(post(stream=False, model=model))
+        wire.write(answer(completion()))
+    finished = scene.play(wire, dropped={0, 1, 2, 3})
+    assert [(request.model, request.capture) for request in finished] == [
+        ("two", Capture.arrival_unseen),
+        ("three", Capture.complete),
+    ]
+
+
 def test_lost_piece_of_a_prompt_is_a_hole_in_it(scene: Scene, wire: Wire) -> None:
     request = post(b'{"model": "bard", "prompt": "' + b"x" * 9973 + b'"}')
     for start in range(0, len(request), 4032):
@@ -983,6 +1138,12 @@ def test_too_many_pipelined_requests_are_given_up_once(scene: Scene, wire: Wire)
     finished = scene.play(wire)
     assert [request.model for request in finished] == ["bard"] * PIPELINE_LIMIT + ["next"]
     assert scene.captures == {Capture.undecodable: 1, Capture.complete: PIPELINE_LIMIT + 1}
+
+
+def test_hole_after_too_many_requests_counts_nothing_more(scene: Scene, wire: Wire) -> None:
+    wire.read(post(stream=False) * (PIPELINE_LIMIT + 7), uncaptured=11)
+    scene.play(wire)
+    assert scene.captures == {Capture.undecodable: 1}
 
 
 def test_segments_that_nobody_reads_are_bounded(scene: Scene, wire: Wire) -> None:

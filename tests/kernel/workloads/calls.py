@@ -130,7 +130,7 @@ def _readv(sock: socket.socket, size: int, parts: int = 5) -> bytes:
 
 
 def _readv_many(sock: socket.socket, size: int) -> bytes:
-    return _readv(sock, size, 13)
+    return _readv(sock, size, 37)
 
 
 def _recvfrom(sock: socket.socket, size: int) -> bytes:
@@ -301,7 +301,7 @@ WRITES: dict[str, Callable[[socket.socket, Sequence[bytes]], None]] = {
     "writev": _vector(lambda sock, pieces: os.writev(sock.fileno(), pieces)),
     "sendmsg": _vector(lambda sock, pieces: sock.sendmsg(pieces)),
     "sendmmsg": _sendmmsg,
-    "sendmmsg_segments": lambda sock, pieces: _sendmmsg(sock, pieces, 11),
+    "sendmmsg_segments": lambda sock, pieces: _sendmmsg(sock, pieces, 37),
     "pwritev2": _one_by_one(_writev2),
     "io_uring": _one_by_one(_write_by_uring),
 }
