@@ -776,7 +776,7 @@ int BPF_PROG(segment_arrived, struct sock *sk, const struct sk_buff *skb)
 	return 0;
 }
 
-static __always_inline int tell_state(void *ctx, struct sock *sk, int old_state, int new_state)
+static __always_inline int tell_state(void *ctx, struct sock *sk, u32 old_state, u32 new_state)
 {
 	const struct tcp_sock *tcp = (const struct tcp_sock *)sk;
 	struct connection *connection;

@@ -2,7 +2,8 @@
 
 The watched service runs under one load that saturates it, without a pause; an agent, `footlight run`, comes and goes.
 Windows with and without it alternate in pairs, in random order within a pair. A change is the median over the pairs of
-with / without - 1; in brackets is where that median lies at 95 % confidence. Two services:
+with / without - 1; in brackets is where that median lies at 95 % confidence. Throughput is work per second of the CPU
+time that other processes left: a frame counts as what a frame of its model takes its engine. Two services:
 
 roleplay: examples/roleplay, both models, whose work keeps all CPUs busy. This one has to lose at most 2 %.
 plain: uvicorn, one worker per CPU, that does nothing but send frames: the worst case. Nothing is idle, so the agent's
@@ -78,7 +79,7 @@ def service_tables(result: Result, pairs: int, seconds: float) -> Iterator[Group
 
 
 def _change(change: Change) -> tuple[str, ...]:
-    name = change.what.replace("_per_second", "/s").replace("_per_work", "/work").replace("_", " ")
+    name = change.what.replace("_per_", "/").replace("_", " ")
     if change.what in ("cpus_busy", "others_cpu"):
         return name, f"{change.without:.1%}", f"{change.with_agent:.1%}", "", ""
     return (

@@ -1,7 +1,7 @@
 // A service on Express: `node server.js PORT`. Answers as tests/e2e/servers/script.py says, byte for byte the same frames.
 
 import express from "express";
-import { setImmediate as turn, setTimeout as pause } from "node:timers/promises";
+import { setTimeout as pause } from "node:timers/promises";
 
 const PROMPT_TOKENS = 17;
 const CACHED_TOKENS = 5;
@@ -70,7 +70,6 @@ async function complete(request, response) {
     for await (const event of events(chat, request.body, script)) {
       if (response.destroyed) return;
       response.write(event);
-      await turn(); // one call for each event: node joins what is written in one turn of its loop
     }
     response.end();
   } catch {
