@@ -13,7 +13,6 @@ next one before the answer to the last; there, after a loss, this rests on clien
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -122,10 +121,11 @@ class Connection:
         self.seeking = False  # after a gap in a stream, until a write begins with a chunk
         self.opaque = False  # it speaks another protocol from here on
         self.unseen_start = None if born else Capture.start_unseen  # what to count for an answer without its request
-        self.segments: deque[tuple[int, int, int]] = deque()  # position, size, ns; in order of arrival
+        # Lists, although they are queues: they are short, and an empty deque takes 620 bytes.
+        self.segments: list[tuple[int, int, int]] = []  # position, size, ns; in order of arrival
         self.request_decoder: RequestDecoder | None = None
         self.response_decoder: ResponseDecoder | None = None
-        self.requests: deque[Request] = deque()  # oldest first; the first one is being answered
+        self.requests: list[Request] = []  # oldest first; the first one is being answered
         self.reading: Request | None = None  # the one whose bytes are still coming in, answered already or not
         self.client_left_ns: int | None = None
         self.server_left_ns: int | None = None
@@ -147,7 +147,7 @@ class Connection:
         """Forget the segments that the service has read to their end."""
         segments = self.segments
         while segments and not _is_after(segments[0][0] + segments[0][1], self.rx_position):
-            segments.popleft()
+            segments.pop(0)
 
     def arrival_of(self, position: int) -> int | None:
         """When the byte at `position` arrived: the earliest segment that covers it. None: no such segment was seen."""
@@ -283,7 +283,9 @@ class Conversations:
         abandoned = [
             connection
             for connection in self._connections.values()
-            if connection.requests and all(request.last_write_ns < before_ns for request in connection.requests)
+            if connection.requests  # the last one was read last, the first one answered last
+            and connection.requests[-1].last_write_ns < before_ns
+            and connection.requests[0].last_write_ns < before_ns
         ]
         for connection in abandoned:
             self._drop(connection)
@@ -313,7 +315,7 @@ class Conversations:
             if any(type(event) is End for event in decoder.eof()):
                 self._end_answer(connection, request.last_write_ns, by_close=True)
         while connection.requests:
-            request = connection.requests.popleft()
+            request = connection.requests.pop(0)
             if not known:
                 self._finish(connection, request, request.last_write_ns)
             elif connection.client_left_ns is not None:
@@ -332,7 +334,7 @@ class Conversations:
         """Follow the connection no longer, although it may live on."""
         self._end_lingering(connection)
         while connection.requests:
-            request = connection.requests.popleft()
+            request = connection.requests.pop(0)
             request.spoil(Capture.end_unseen)
             self._finish(connection, request, request.last_write_ns)
         self._connections.pop(connection.id, None)
@@ -427,7 +429,7 @@ class Conversations:
             self._slis.capture(name, Capture.lost_events if lost else Capture.undecodable)
             return False
         while connection.requests:
-            request = connection.requests.popleft()
+            request = connection.requests.pop(0)
             request.spoil(Capture.end_unseen)
             self._finish(connection, request, request.last_write_ns)
         connection.reading = None
@@ -567,7 +569,7 @@ class Conversations:
         requests, decoder = connection.requests, connection.response_decoder
         request = requests[0]
         if request.status is not None or len(requests) == 2:
-            requests.popleft()
+            requests.pop(0)
             request.spoil(why)
             request.end_answer()
             self._finish(connection, request, request.last_write_ns)
@@ -657,7 +659,7 @@ class Conversations:
         connection.rx_synced = connection.tx_synced = False
         connection.reading = None
         while connection.requests:
-            request = connection.requests.popleft()
+            request = connection.requests.pop(0)
             request.spoil(Capture.undecodable)
             self._finish(connection, request, request.last_write_ns)
 
@@ -665,7 +667,7 @@ class Conversations:
 
     def _end_answer(self, connection: Connection, at_ns: int, *, by_close: bool = False) -> None:
         """The response is complete; `by_close`: only because the connection ended."""
-        request = connection.requests.popleft()
+        request = connection.requests.pop(0)
         if request.api is None:
             return
         left_ns = connection.client_left_ns
