@@ -137,7 +137,7 @@ class Config(msgspec.Struct, frozen=True):
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """Names of the configured labels of all services, sorted. A service without one of them has the value `NONE`."""
+        """Names of the configured labels of all services, sorted. A service without one has the value `NONE`."""
         return tuple(sorted({name for service in self.services for name in service.labels}))
 
 

@@ -124,11 +124,16 @@ def test_records_come_in_the_order_they_were_made() -> None:
 
 
 def test_of_one_instant_events_come_first_and_streams_keep_their_order() -> None:
+    # A call of many records makes them all at one instant. More than 16: below that every sort of numpy is stable.
+    instants = (10, 20, 30)
     merging, _, handler = merge(
-        events((10, 1), (10, 2)), chunks(READ, (10, 3), (10, 4)), chunks(WRITE, (10, 5), (10, 6))
+        events(*((at, 1000 * at + number) for at in instants for number in range(23))),
+        chunks(READ, *((at, 1000 * at + 100 + number) for at in instants for number in range(29))),
+        chunks(WRITE, *((at, 1000 * at + 200 + number) for at in instants for number in range(31))),
     )
-    merging.drain(handler)
-    assert handler.order == [1, 2, 3, 4, 5, 6]
+    assert merging.drain(handler) == 3 * (23 + 29 + 31)
+    numbers = [int(str(number)) for number in handler.order]
+    assert numbers == sorted(numbers)
 
 
 @pytest.mark.parametrize("stream", range(3))
@@ -190,6 +195,15 @@ def test_first_record_that_is_being_written_holds_up_what_is_younger_than_the_la
     sources[1].busy = None
     assert merging.drain(handler) == 2
     assert handler.order == [1, 2, 3, 4]
+
+
+def test_what_is_as_old_as_the_last_record_need_not_wait_for_a_slow_one() -> None:
+    merging, sources, handler = merge(events(), chunks(READ, (20, 2), (30, 3), (50, 5)))
+    sources[1].busy = 2
+    assert merging.drain(handler) == 2
+    sources[0].records = events((30, 4), (31, 6))
+    assert merging.drain(handler) == 1
+    assert handler.order == [2, 3, 4]
 
 
 def test_nothing_is_due_while_the_very_first_record_is_being_written() -> None:
