@@ -502,8 +502,8 @@ static __always_inline int leave(struct exit_context *ctx, bool write)
 	struct call *call = bpf_map_lookup_elem(&calls, &who);
 	struct connection *connection;
 	const struct tcp_sock *tcp;
-	const u32 rounds = CALL_CAP_BYTES / (write ? WRITE_PAYLOAD_BYTES : READ_PAYLOAD_BYTES) +
-			   MAX_SEGMENTS * MAX_MESSAGES + 2;
+	const u32 rounds =
+		CALL_CAP_BYTES / (write ? WRITE_PAYLOAD_BYTES : READ_PAYLOAD_BYTES) + MAX_SEGMENTS * MAX_MESSAGES + 2;
 	u32 end, next, total, zero = 0;
 	struct job *job;
 

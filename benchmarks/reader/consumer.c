@@ -39,8 +39,7 @@ static double cpu_seconds(void)
 	struct rusage usage;
 
 	getrusage(RUSAGE_SELF, &usage);
-	return usage.ru_utime.tv_sec + usage.ru_stime.tv_sec +
-	       (usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) / 1e6;
+	return usage.ru_utime.tv_sec + usage.ru_stime.tv_sec + (usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) / 1e6;
 }
 
 static int fail(const char *what)
@@ -51,7 +50,7 @@ static int fail(const char *what)
 
 int main(int argc, char **argv)
 {
-	struct pollfd input = {.fd = 0, .events = POLLIN};
+	struct pollfd input = { .fd = 0, .events = POLLIN };
 	unsigned long long received = 0, counts[2];
 	struct ring_buffer *reader;
 	struct bpf_object *object;
@@ -65,16 +64,14 @@ int main(int argc, char **argv)
 	object = bpf_object__open(argv[1]);
 	if (!object)
 		return fail("open");
-	tgid = (char *)bpf_map__initial_value(bpf_object__find_map_by_name(object, ".rodata"),
-					      &size);
+	tgid = (char *)bpf_map__initial_value(bpf_object__find_map_by_name(object, ".rodata"), &size);
 	/* tgid is the first global of the object, see producer.bpf.c */
 	*(unsigned int *)tgid = atoi(argv[2]);
 	bpf_map__set_max_entries(bpf_object__find_map_by_name(object, "ring"), atoi(argv[3]));
 	bpf_map__set_autocreate(bpf_object__find_map_by_name(object, "perf"), false);
 	if (bpf_object__load(object))
 		return fail("load");
-	reader = ring_buffer__new(bpf_object__find_map_fd_by_name(object, "ring"), on_record, NULL,
-				  NULL);
+	reader = ring_buffer__new(bpf_object__find_map_fd_by_name(object, "ring"), on_record, NULL, NULL);
 	if (!reader || !bpf_program__attach(bpf_object__find_program_by_name(object, "offer")))
 		return fail("attach");
 	puts("ready");
@@ -87,8 +84,7 @@ int main(int argc, char **argv)
 		return fail("consume");
 	began = cpu_seconds() - began;
 	for (key = 0; key < 2; key++)
-		bpf_map_lookup_elem(bpf_object__find_map_fd_by_name(object, "counts"), &key,
-				    &counts[key]);
+		bpf_map_lookup_elem(bpf_object__find_map_fd_by_name(object, "counts"), &key, &counts[key]);
 	for (key = 0; key < BUCKETS; key++)
 		received += histogram[key];
 	printf("{\"received\": %llu, \"offered\": %llu, \"lost\": %llu, \"cpu_seconds\": %.6f, "

@@ -7,24 +7,24 @@
 #include <bpf/bpf_helpers.h>
 
 #define RECORDS_PER_CALL 101
-#define BUCKETS		 61
+#define BUCKETS 61
 
 enum count {
 	CNT_OFFERED, /* records that were due */
-	CNT_LOST,    /* records for which there was no room */
+	CNT_LOST, /* records for which there was no room */
 	CNT_MAX,
 };
 
 struct bench_record {
 	__u64 seen_ns; /* CLOCK_MONOTONIC */
-	__u64 number;  /* from 0, those that were lost included */
+	__u64 number; /* from 0, those that were lost included */
 	__u64 tgid_tid;
 	__u64 cookie;
 	__u32 bucket; /* number % BUCKETS: what the readers count */
 	__u32 cpu;
 };
 
-const volatile __u32 tgid = 0;	  /* the process whose calls count; 0: none */
+const volatile __u32 tgid = 0; /* the process whose calls count; 0: none */
 const volatile __u8 use_perf = 0; /* 1: perf buffers, 0: ring buffer */
 
 /* BTF keeps only the types that a variable or a map names. */
@@ -80,8 +80,7 @@ int offer(void *ctx)
 			struct bench_record copy;
 
 			fill(&copy, number);
-			if (bpf_perf_event_output(ctx, &perf, BPF_F_CURRENT_CPU, &copy,
-						  sizeof(copy)))
+			if (bpf_perf_event_output(ctx, &perf, BPF_F_CURRENT_CPU, &copy, sizeof(copy)))
 				(*lost)++;
 			continue;
 		}

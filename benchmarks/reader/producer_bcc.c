@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /* producer.bpf.c for BCC, which has its own way to name maps. TGID and PAGES are given when it is compiled. */
 #define RECORDS_PER_CALL 101
-#define BUCKETS		 61
+#define BUCKETS 61
 
 struct bench_record {
 	u64 seen_ns;

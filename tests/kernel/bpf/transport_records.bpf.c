@@ -9,14 +9,13 @@
 #include <bpf/bpf_helpers.h>
 
 #define MAX_RECORDS_PER_CALL 1024
-#define HOLD_LIMIT_NS	     200000000ULL /* how long MANNER_HOLD may keep a record busy */
+#define HOLD_LIMIT_NS 200000000ULL /* how long MANNER_HOLD may keep a record busy */
 
 enum manner {
 	MANNER_SUBMIT = 0,
 	MANNER_DISCARD_ODD = 1, /* reserve every record, submit those with an even number */
 	MANNER_DISCARD_ALL = 2,
-	MANNER_HOLD =
-		3, /* reserve one record, submit it when `release` is set or HOLD_LIMIT_NS are over */
+	MANNER_HOLD = 3, /* reserve one record, submit it when `release` is set or HOLD_LIMIT_NS are over */
 };
 
 enum count {
@@ -27,16 +26,16 @@ enum count {
 };
 
 struct test_record {
-	__u64 number;  /* from 0, those that were lost or discarded included */
+	__u64 number; /* from 0, those that were lost or discarded included */
 	__u64 seen_ns; /* CLOCK_MONOTONIC */
 	__u32 cpu;
-	__u16 low;     /* the low 16 bits of number */
+	__u16 low; /* the low 16 bits of number */
 	__s8 negative; /* -1 */
 	bool odd;
 	char name[16];
 };
 
-const volatile __u32 tgid = 0;	  /* the process whose calls count; 0: none */
+const volatile __u32 tgid = 0; /* the process whose calls count; 0: none */
 const volatile __u8 use_perf = 0; /* 1: perf buffers, 0: ring buffer */
 
 /* BTF keeps only the types that a variable or a map names. */
