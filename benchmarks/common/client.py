@@ -67,6 +67,7 @@ class Client:
     ) -> None:
         self._port = port
         self._lanes = lanes
+        self._buffer = memoryview(bytearray(_RECV_BYTES))
         self._on_done = on_done
         self._concurrency = concurrency
         self._per_connection = per_connection
@@ -117,10 +118,12 @@ class Client:
     def _receive(self, fd: int) -> None:
         connection = self._connections[fd]
         try:
-            data = connection.socket.recv(_RECV_BYTES)
+            size = connection.socket.recv_into(self._buffer)
         except BlockingIOError:
             return
         now = time.monotonic_ns()
+        # A copy: what recv(n) returns is a block of n bytes cut short, with a memory map of its own where n is large.
+        data = bytes(self._buffer[:size])
         heard = connection.heard
         if not heard.pieces and not data.startswith(b"HTTP/1.1 200 "):
             raise click.ClickException(f"the service answers {data[:300]!r}")
