@@ -63,9 +63,6 @@ def bars(results: Sequence[Result]) -> Iterator[Bar]:
     for result in results:
         if result.service.name == "roleplay":
             yield Bar("roleplay: throughput lost", -result.throughput.change * 100, LOSS * 100, " %")
-        lost = sum(cost.lost_events for cost in result.costs)
-        if result.service.name == "roleplay":
-            yield Bar("roleplay: lost events", lost, 0)
 
 
 def service_tables(result: Result, pairs: int, seconds: float) -> Iterator[Group]:
@@ -165,7 +162,7 @@ def bystander_table(acts: Sequence[Act], rounds: int) -> Group:
 
 @click.command(help=__doc__)
 @click.option(
-    "--pairs", default=9, show_default=True, help="Pairs of windows for each service; at least 7 mean something."
+    "--pairs", default=11, show_default=True, help="Pairs of windows for each service; at least 7 mean something."
 )
 @click.option("--seconds", default=8.0, show_default=True, help="Length of a window.")
 @click.option(

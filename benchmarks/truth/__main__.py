@@ -7,8 +7,8 @@ those of /metrics; p50 and p99 of TTFT and duration are of all requests that `tr
 inter-token latency are the quantiles of /metrics, which by their definition may be off by 1 % of the value.
 
 scripted: uvicorn plays a script (TTFT 40 ms, ITL 12 ms, both log-normal) with role frames, empty deltas and comments
-between the tokens, frames split over two writes, and two frames in one write. roleplay: examples/roleplay, whose
-engines leave the CPUs little rest.
+between the tokens, frames split over two writes, and two frames in one write. roleplay: examples/roleplay, whose two
+engines keep the CPUs busy: half of the streams are for each model, and two of three requests for the faster one.
 """
 
 from __future__ import annotations
@@ -87,24 +87,37 @@ class Result:
 
 
 @contextmanager
-def service(name: str, requests: int, seed: int) -> Iterator[tuple[Server, list[bytes]]]:
-    """Start a service; give it with what it is to be asked."""
+def service(name: str, requests: int, seed: int) -> Iterator[tuple[Server, list[list[bytes]]]]:
+    """Start a service; give it with what it is to be asked, by lane."""
     if name == "scripted":
         with server([sys.executable, "-m", "benchmarks.common.uvicorn_service"]) as started:
-            yield started, list(scripts.drawn(seed, requests, SCRIPTED))
+            yield started, [list(scripts.drawn(seed, requests, SCRIPTED))]
     else:
         with server([sys.executable, "-m", "examples.roleplay", "serve", "--port", "0"]) as started:
-            yield started, list(islice(scripts.roleplay(seed, ROLEPLAY, prompt_bytes=211, max_tokens=31), requests))
+            shares = (requests - requests // 3, requests // 3)
+            yield (
+                started,
+                [
+                    list(islice(scripts.roleplay(seed, [model], prompt_bytes=101, max_tokens=31), share))
+                    for model, share in zip(ROLEPLAY, shares, strict=True)
+                ],
+            )
 
 
 def measure(name: str, requests: int, concurrency: int, seed: int, transport: str) -> Result:
     """Run the client against a service with the agent attached, and lay both side by side."""
     heard: list[Heard] = []
     with (
-        service(name, requests, seed) as (served, asks),
+        service(name, requests, seed) as (served, lanes),
         agent("trace", "--port", str(served.port), transport=transport) as watching,
     ):
-        client = Client(served.port, [iter(asks)], heard.append, concurrency=concurrency, per_connection=PER_CONNECTION)
+        client = Client(
+            served.port,
+            [iter(lane) for lane in lanes],
+            heard.append,
+            concurrency=concurrency,
+            per_connection=PER_CONNECTION,
+        )
         with realtime():
             client.run()
         scrape = watching.settled(requests)
