@@ -76,7 +76,7 @@ def run(config: Config, front: Front, *, transport: str = "auto", wait_for_targe
         )
         stats = libbpf.enable_run_stats()
         stack.callback(os.close, stats)
-        # Attached one by one, they would see halves of what a target does meanwhile: nobody is a target before the last.
+        # Attached one by one, they would see halves of what a target does meanwhile: first all, then targets.
         probe.attach()
         probe.follow(targets.processes, targets.ports)
         return _Attacher(config, front, probe, discovery, targets, listener).run()
