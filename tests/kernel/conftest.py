@@ -259,7 +259,7 @@ def _require_host() -> None:
         pytest.fail(f"this host cannot run the probe: {error}", pytrace=False)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def able_host() -> None:
     """The host can run the probe; the test fails with what to do where it cannot."""
     _require_host()
