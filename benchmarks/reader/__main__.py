@@ -28,6 +28,7 @@ from rich.table import Table
 
 from benchmarks.reader.headers import borrowed_headers
 from benchmarks.reader.produce import RECORDS_PER_CALL
+from probes import host
 
 HERE = Path(__file__).parent
 SYSTEM_PYTHON = "/usr/bin/python3"
@@ -237,6 +238,8 @@ def main(rate: float, seconds: float, rounds: int, ring_mib: int, as_json: bool,
     cpus = sorted(os.sched_getaffinity(0))
     if len(cpus) < 2:
         raise click.ClickException("the producer and the reader need a CPU each; this process may use one only")
+    if host.find_tracefs() is None:
+        host.mount_tracefs()
     with ExitStack() as stack:
         producer, consumer = built(Path(stack.enter_context(tempfile.TemporaryDirectory())))
         bcc = bcc_missing() or stack.enter_context(borrowed_headers())
