@@ -25,9 +25,11 @@ C_FILES = $(shell find bpf tests benchmarks '(' -name '*.c' -o -name '*.h' ')' -
 BUILD_NEEDS := clang:clang llvm:llvm-strip libbpf-dev:/usr/include/bpf/bpf_helpers.h libbpf1:/usr/lib/$(ARCH)-linux-gnu/libbpf.so.1 \
 	python3-venv:/var/lib/dpkg/info/python3-venv.list
 CHECK_NEEDS := $(BUILD_NEEDS) clang-format:clang-format
-TEST_NEEDS := $(BUILD_NEEDS) prometheus:promtool nodejs:node npm:npm
+TEST_NEEDS := $(BUILD_NEEDS) prometheus:promtool nodejs:node npm:npm bpftrace:bpftrace libbpf-tools:/usr/sbin/runqlat \
+	chromium:chromium
 BENCH_NEEDS := $(BUILD_NEEDS) gcc:gcc libc6-dev:/usr/include/stdio.h bpftool:/usr/sbin/bpftool \
-	python3-bpfcc:/usr/lib/python3/dist-packages/bcc/__init__.py linux-headers-$(DEB_ARCH):/var/lib/dpkg/info/linux-headers-$(DEB_ARCH).list
+	python3-bpfcc:/usr/lib/python3/dist-packages/bcc/__init__.py linux-headers-$(DEB_ARCH):/var/lib/dpkg/info/linux-headers-$(DEB_ARCH).list \
+	iproute2:/usr/sbin/tc e2fsprogs:/usr/sbin/mkfs.ext4 mount:/usr/sbin/losetup util-linux:taskset
 
 # Installs what of $(1) is missing, without starting any service that comes with it.
 define install
@@ -74,8 +76,8 @@ check: need-check $(VENV)/.footlight-dev bpf ## ruff, mypy --strict, clang-forma
 	@echo "all checks passed"
 
 .PHONY: bench
-bench: need-bench $(VENV)/.footlight-dev bpf ## every benchmark: reader, truth, overhead, scale (root; minutes)
-	@for name in reader truth overhead scale; do \
+bench: need-bench $(VENV)/.footlight-dev bpf ## every benchmark: reader, truth, overhead, paths, scale, faults, quota (root; minutes)
+	@for name in reader truth overhead paths scale faults quota; do \
 		[ -e benchmarks/$$name.py -o -e benchmarks/$$name/__main__.py ] || continue; \
 		echo; echo "== $$name: $(PY) -m benchmarks.$$name"; $(PY) -m benchmarks.$$name; \
 	done
@@ -85,12 +87,19 @@ docs: need-build $(VENV)/.footlight-dev ## write the generated pages (docs/metri
 	@$(PY) -m exporter.metrics_doc
 
 .PHONY: bpf
-bpf: $(BPF_OBJECTS) ## compile bpf/*.bpf.c into probes/objects/
+bpf: $(BPF_OBJECTS) probes/objects/syscalls.txt ## compile bpf/*.bpf.c into probes/objects/
 
 probes/objects/%.bpf.o: bpf/%.bpf.c $(BPF_HEADERS) Makefile
 	@mkdir -p $(@D)
 	$(CLANG) $(BPF_CFLAGS) -c $< -o $@
 	@$(LLVM_STRIP) -g $@
+
+# The names of the system calls, by number, as this architecture's headers have them.
+probes/objects/syscalls.txt: Makefile | need-build
+	@mkdir -p $(@D)
+	@echo '#include <asm/unistd.h>' | $(CLANG) -E -dD -x c -I/usr/include/$(ARCH)-linux-gnu - \
+		| awk '$$1 == "#define" && $$2 ~ /^__NR(3264)?_/ && $$3 ~ /^[0-9]+$$/ { sub(/^__NR(3264)?_/, "", $$2); print $$3, $$2 }' \
+		| sort -nu > $@
 
 .PHONY: format
 format: $(VENV)/.footlight-dev ## let ruff and clang-format mend what they can
@@ -99,7 +108,7 @@ format: $(VENV)/.footlight-dev ## let ruff and clang-format mend what they can
 
 .PHONY: clean
 clean: ## remove what was built; the virtual environment too
-	@rm -rf probes/objects/*.bpf.o build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis $(VENV)
+	@rm -rf probes/objects/*.bpf.o probes/objects/syscalls.txt build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis $(VENV)
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # What each target needs from the distribution.

@@ -79,9 +79,165 @@ struct connection_event {
 	u8 peer[16]; /* IPv4 in the first four bytes */
 };
 
+/* ---- what threads of a service did: scheduler, memory ---- */
+
+/* What a thread slept on. */
+enum wait_reason {
+	WAIT_CPU, /* nothing: it was taken off its CPU while it could run */
+	WAIT_FUTEX,
+	WAIT_POLL, /* epoll, poll, select */
+	WAIT_SOCKET, /* a call on a socket */
+	WAIT_PIPE, /* a call on a pipe, an eventfd or the like */
+	WAIT_DISK, /* uninterruptible I/O that no page fault began */
+	WAIT_PAGE_FAULT, /* asleep in a page fault */
+	WAIT_TIMER, /* nanosleep and the like */
+	WAIT_DEVICE, /* a call on a character device */
+	WAIT_STOPPED, /* by a signal or a debugger */
+	WAIT_OTHER,
+	WAIT_MAX,
+};
+
+/* Who ended the sleep of a thread. */
+enum waker {
+	WAKER_NONE, /* it did not sleep, or its waking was not seen */
+	WAKER_TASK, /* a task, by a call of its own */
+	WAKER_MESSAGE, /* a task that sent to `ready_sk`, the wake-up came with the bytes: a socket of this host */
+	WAKER_NETWORK, /* an interrupt that brought bytes for `ready_sk`; whose task it interrupted means nothing */
+	WAKER_SOFTIRQ, /* another deferred interrupt: room in a socket's buffer, a timer, a disk */
+	WAKER_HARDIRQ, /* a timer, a disk */
+	WAKER_PARENT, /* it was just created, by the waker */
+	WAKER_MAX,
+};
+
+#define INTERVAL_THROTTLED 1 /* its cgroup had used up its CPU quota */
+#define INTERVAL_IOWAIT 2 /* the kernel counts the wait as I/O */
+#define INTERVAL_TIMEOUT 4 /* the call that slept had a timeout */
+#define INTERVAL_BORN 8 /* the first one of a thread whose creation was seen: off_ns is when */
 /*
- * What the probe counts, per CPU. `seen` is every record that was due; it equals those delivered plus those lost.
- * Lost and unfollowed things are never silent: each early return of the probe that drops something counts here.
+ * What the thread did before off_ns is not known: it was there before it was watched, or a switch of it was not seen, which
+ * leaves no hole in `sequence`. The kernel does not tell every switch of a busy machine.
+ */
+#define INTERVAL_FIRST 16
+#define INTERVAL_WAKER_TARGET 32 /* the waker is a thread of a watched service */
+
+/* A stretch for which a thread of a service was not on a CPU; made when it gets one again. */
+struct thread_interval {
+	u64 off_ns; /* it left its CPU */
+	u64 wake_ns; /* its sleep ended; 0: it did not sleep, or its waking was not seen */
+	u64 on_ns; /* it runs again */
+	u64 object; /* what it waited for: a futex's address, a struct sock * or struct file *; 0: not known */
+	u64 ready_sk; /* the struct sock * whose bytes ended the sleep; 0: none */
+	u32 tid;
+	u32 tgid;
+	u32 waker_tid; /* of WAKER_TASK, WAKER_MESSAGE and WAKER_PARENT; else 0 */
+	u32 waker_tgid;
+	u32 service;
+	u32 sequence; /* counts the thread's intervals from 1: a hole is a loss, another 1 another thread */
+	u16 syscall; /* the number of the system call that it was in; NO_SYSCALL: none */
+	u16 cpu; /* it got */
+	u8 reason; /* enum wait_reason */
+	u8 waker; /* enum waker */
+	u8 flags; /* INTERVAL_* */
+	u8 pad;
+};
+
+#define NO_SYSCALL 0xffff
+
+enum message_kind {
+	MESSAGE_READY = 1, /* a thread of a service sent to `sk`, a socket that a service reads: the bytes are there */
+	MESSAGE_SENT = 2, /* a thread of a service called send on `sk`; `result` as the call returned it */
+	MESSAGE_RECEIVED = 3, /* a thread of a service called receive on `sk` */
+};
+
+/* Bytes on a socket inside a service, or between a service and a server that it asks something. */
+struct message {
+	u64 at_ns;
+	u64 sk;
+	u32 tid; /* of the sender (READY, SENT), or the receiver */
+	u32 tgid;
+	u32 service;
+	s32 result; /* bytes, or -errno; 0 for READY */
+	u32 lost; /* messages of the host that were lost before this one, in all */
+	u16 local_port; /* of sk; 0 where it has none */
+	u16 peer_port;
+	u8 kind; /* enum message_kind */
+	u8 family;
+	u8 full; /* SENT: the send buffer had no room for more, or for anything */
+	u8 pad[5];
+	u8 peer[16]; /* IPv4 in the first four bytes */
+};
+
+/* The name of a thread of a service: at first sight, and when it changes. */
+struct thread_name {
+	u64 at_ns;
+	u32 tid;
+	u32 tgid;
+	u8 comm[16];
+};
+
+enum span_kind {
+	SPAN_RECLAIM = 1, /* the thread freed memory for itself: direct reclaim, of the host or of its memory cgroup */
+};
+
+/* Something that a thread did from begin_ns to end_ns, running or not. */
+struct thread_span {
+	u64 begin_ns;
+	u64 end_ns;
+	u32 tid;
+	u32 tgid;
+	u32 service;
+	u8 kind; /* enum span_kind */
+	u8 pad[3];
+};
+
+enum tcp_event_kind {
+	TCP_RETRANSMIT = 1,
+	TCP_RESET_SENT = 2,
+	TCP_RESET_RECEIVED = 3,
+	TCP_CONNECTED = 4, /* a connection that the service opened; it took duration_ns */
+	TCP_SEND_STALL = 5, /* no room in the send buffer for duration_ns, which ended at at_ns */
+};
+
+struct tcp_event {
+	u64 at_ns;
+	u64 duration_ns;
+	u32 tgid; /* 0 where the kernel acted on its own */
+	u32 tid;
+	u32 service;
+	u16 local_port;
+	u16 peer_port;
+	u8 kind; /* enum tcp_event_kind */
+	u8 family;
+	u8 pad[6];
+	u8 peer[16];
+};
+
+enum block_operation {
+	BLOCK_READ,
+	BLOCK_WRITE,
+	BLOCK_FLUSH,
+	BLOCK_DISCARD,
+	BLOCK_MAX,
+};
+
+/* An I/O of a service that the device has completed. */
+struct block_io {
+	u64 queued_ns; /* asked for; 0: not seen */
+	u64 issued_ns; /* given to the device */
+	u64 done_ns;
+	u32 tid; /* that asked for it; 0: the kernel, on behalf of the service's cgroup */
+	u32 tgid;
+	u32 service;
+	u32 device; /* major << 20 | minor */
+	u32 bytes;
+	u8 operation; /* enum block_operation */
+	u8 pad[3];
+};
+
+/*
+ * What the probes count, per CPU. `seen` is every record that was due; it equals those delivered plus those lost.
+ * Lost and unfollowed things are never silent: each early return of a probe that drops something counts here.
+ * Each object has a map of all of them and uses its own.
  */
 enum count {
 	CNT_SEEN_READS,
@@ -99,6 +255,30 @@ enum count {
 	CNT_UNSEEN_BYTES_CALLS, /* sendfile, splice, MSG_TRUNC: the bytes never were in the memory of the service */
 	CNT_UNFOLLOWED_IO, /* the stream moved on without a call that is followed: io_uring, or another process */
 	CNT_STALE_CONNECTION, /* a socket's memory was reused before its end was seen; a new connection was begun */
+	/* scheduler */
+	CNT_SEEN_INTERVALS,
+	CNT_SEEN_MESSAGES,
+	CNT_SEEN_NAMES,
+	CNT_LOST_INTERVALS_RING_FULL,
+	CNT_LOST_MESSAGES_RING_FULL,
+	CNT_LOST_NAMES_RING_FULL,
+	CNT_THREADS_FULL, /* a thread was not followed: the table of threads is full */
+	CNT_CLOCK_BACKWARDS, /* an instant of one CPU was before an earlier one of another CPU; the time was left out */
+	/* memory */
+	CNT_SEEN_SPANS,
+	CNT_LOST_SPANS_RING_FULL,
+	CNT_SPANS_FULL, /* a span was not followed: the table of those under way is full */
+	/* tcp */
+	CNT_SEEN_TCP_EVENTS,
+	CNT_LOST_TCP_EVENTS_RING_FULL,
+	CNT_SOCKETS_FULL, /* a connect, stall or unread segment was not timed: the table is full */
+	/* block */
+	CNT_SEEN_BLOCK_IOS,
+	CNT_LOST_BLOCK_IOS_RING_FULL,
+	CNT_BLOCK_IOS_FULL, /* an I/O was not timed: the table of those under way is full */
+	/* syscalls */
+	CNT_SEEN_SYSCALLS,
+	CNT_SYSCALLS_FULL, /* a call was not timed: the table is full */
 	CNT_MAX,
 };
 

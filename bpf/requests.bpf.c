@@ -22,7 +22,7 @@
  * peer only the service's side leaves ESTABLISHED. A close call says less (a forked server's parent closes its copy of a
  * living connection), and every process of the host would pay for the tracepoint of a call that all of them make.
  */
-#include "targets.bpf.h"
+#include "lifecycle.bpf.h"
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 

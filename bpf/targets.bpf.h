@@ -3,7 +3,8 @@
  * Which processes and which listening ports belong to a watched service.
  *
  * User space finds the first processes and the ports; a child of a target is a target from its first instruction on,
- * because the fork tracepoint makes it one here. Entries of dead processes go when their last thread exits.
+ * because the fork tracepoint makes it one. Entries of dead processes go when their last thread exits. The requests probe
+ * keeps these maps (lifecycle.bpf.h); all other objects are given its maps before they are loaded.
  */
 #ifndef FOOTLIGHT_TARGETS_BPF_H
 #define FOOTLIGHT_TARGETS_BPF_H
@@ -17,6 +18,23 @@ struct {
 	__type(key, u32);
 	__type(value, u32);
 } targets SEC(".maps");
+
+/*
+ * Not 0 where some target's tgid ends in these 16 bits. Every process of the host is asked about, on each switch and call:
+ * this costs 2 ns where the hash costs 30. Programs write 1; user space clears what no target needs, see probes/requests.py.
+ */
+#define TARGET_BITS 65536
+struct target_filter {
+	u8 maybe[TARGET_BITS];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct target_filter);
+} target_filter SEC(".maps");
 
 struct port_key {
 	u32 netns; /* inode number of the network namespace */
@@ -42,11 +60,20 @@ struct {
 	__type(value, u8);
 } port_bits SEC(".maps");
 
+/* The service of a process, or NULL when it is no target. */
+static __always_inline u32 *service_of_process(u32 tgid)
+{
+	u32 zero = 0;
+	struct target_filter *filter = bpf_map_lookup_elem(&target_filter, &zero);
+
+	if (!filter || !filter->maybe[tgid % TARGET_BITS])
+		return NULL;
+	return bpf_map_lookup_elem(&targets, &tgid);
+}
+
 static __always_inline u32 *service_of_task(void)
 {
-	u32 tgid = bpf_get_current_pid_tgid() >> 32;
-
-	return bpf_map_lookup_elem(&targets, &tgid);
+	return service_of_process(bpf_get_current_pid_tgid() >> 32);
 }
 
 static __always_inline u32 *service_of_socket(const struct sock *sk)
@@ -59,20 +86,6 @@ static __always_inline u32 *service_of_socket(const struct sock *sk)
 		return NULL;
 	key.netns = BPF_CORE_READ(sk, __sk_common.skc_net.net, ns.inum);
 	return bpf_map_lookup_elem(&ports, &key);
-}
-
-SEC("tp_btf/sched_process_fork")
-int BPF_PROG(follow_fork, struct task_struct *parent, struct task_struct *child)
-{
-	u32 parent_tgid = parent->tgid, tgid = child->tgid;
-	u32 *service;
-
-	if (tgid == parent_tgid)
-		return 0; /* a thread */
-	service = bpf_map_lookup_elem(&targets, &parent_tgid);
-	if (service && bpf_map_update_elem(&targets, &tgid, service, BPF_ANY))
-		count(CNT_TARGETS_FULL);
-	return 0;
 }
 
 #endif

@@ -58,8 +58,11 @@ static __always_inline void *reserve_record(void *ring, void *scratch, u32 size,
 	return record;
 }
 
-/* Copies a small record that was built on the stack: the way for programs that may run in an interrupt. */
-static __always_inline void send_record(void *ctx, void *ring, void *perf, void *record, u32 size, u32 cnt_seen,
+/*
+ * Copies a small record that was built on the stack: the way for programs that may run in an interrupt. False when there
+ * was no room, which is counted.
+ */
+static __always_inline bool send_record(void *ctx, void *ring, void *perf, void *record, u32 size, u32 cnt_seen,
 					u32 cnt_lost)
 {
 	s64 error;
@@ -71,6 +74,7 @@ static __always_inline void send_record(void *ctx, void *ring, void *perf, void 
 		error = bpf_ringbuf_output(ring, record, size, BPF_RB_NO_WAKEUP);
 	if (error)
 		count(cnt_lost);
+	return !error;
 }
 
 #endif

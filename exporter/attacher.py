@@ -14,34 +14,45 @@ import socket
 import time
 from collections import Counter, deque
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Final
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Self
 
 import msgspec
 import psutil
 
 from exporter.parting import CRASHED, Inheritance, fork_reader
-from exporter.status import AgentStatus, Loss, ProbeStatus, ProcessUsage, TargetStatus
-from probes import host, libbpf
+from exporter.recordings import open_folder
+from exporter.run_stats import RunStats
+from exporter.status import AgentStatus, Loss, ProbeStatus, ProcessUsage, ServiceProcesses, SyscallLatency, TargetStatus
+from probes import host
+from probes.block import BlockProbe
 from probes.discovery import Discovery, Targets
 from probes.errors import FootlightError
-from probes.requests import REASONS, SEEN, RequestsProbe, pick_transport
+from probes.memory import MemoryProbe
+from probes.probe import Probe, pick_transport
+from probes.processes import Processes, service_cgroups
+from probes.requests import RequestsProbe
+from probes.scheduler import SchedulerProbe
+from probes.syscalls import SyscallsProbe, syscall_name
+from probes.tcp import TcpProbe
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
     from collections.abc import Set as AbstractSet
 
     from exporter.config import Address, Config
     from exporter.fronts import Front
+    from probes.probe import Transport
 
 log = logging.getLogger("footlight")
 
 PERIOD_S: Final = 1.0
 """Between two looks for new processes, and between two reports to the reader."""
-STOP_S: Final = 1.5
-"""How long a reader may take to end before it is killed, as one must be whose output nobody takes any more. Its HTTP
-clients get one second."""
 CRASHES: Final = 5
 CRASH_WINDOW_S: Final = 60.0
 """After `CRASHES` crashes of the reader within this time the agent gives up."""
+_OTHER_PROBES: Final[tuple[type[Probe], ...]] = (SchedulerProbe, TcpProbe, BlockProbe, MemoryProbe, SyscallsProbe)
 _SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGCHLD})
 _USAGE_EVERY: Final = 5
 
@@ -65,21 +76,62 @@ def run(config: Config, front: Front, *, transport: str = "auto", wait_for_targe
         if missing is not None and not wait_for_targets:
             raise missing
         listener = stack.enter_context(_listen(config.listen)) if front.serves else None
+        folder = config.recorder.folder
+        recordings = None
+        if folder is not None:
+            recordings = open_folder(Path(folder))
+            stack.callback(os.close, recordings)
         if host.find_tracefs() is None:
             host.mount_tracefs()
-        probe = stack.enter_context(
-            RequestsProbe(
-                pick_transport(transport),
-                connections=config.limits.connections,
-                memory_bytes=config.limits.memory,
-            )
-        )
-        stats = libbpf.enable_run_stats()
-        stack.callback(os.close, stats)
+        probes = stack.enter_context(_Probes(config, pick_transport(transport)))
         # Attached one by one, they would see halves of what a target does meanwhile: first all, then targets.
-        probe.attach()
-        probe.follow(targets.processes, targets.ports)
-        return _Attacher(config, front, probe, discovery, targets, listener).run()
+        probes.requests.follow(targets.processes, targets.ports)
+        return _Attacher(config, front, probes, discovery, targets, listener, recordings).run()
+
+
+class _Probes:
+    """Every wanted probe, loaded and attached. Without the requests probe there is no agent; others may be missing."""
+
+    def __init__(self, config: Config, transport: Transport) -> None:
+        self.transport = transport
+        self.missing: dict[str, str] = {}
+        """Wanted probes that are not up, with the reason."""
+        memory = config.limits.memory
+        with ExitStack() as opening:
+            self.requests = opening.enter_context(
+                RequestsProbe(transport, connections=config.limits.connections, memory_bytes=memory)
+            )
+            self.others: list[Probe] = []
+            for kind in _OTHER_PROBES:
+                if not getattr(config.probes, kind.name):
+                    continue
+                # One of which a part cannot be attached is detached again: it would only cost.
+                with ExitStack() as trying:
+                    try:
+                        probe = kind(
+                            transport, memory_bytes=memory, services=len(config.services), shares_with=self.requests
+                        )
+                        trying.enter_context(probe)
+                        probe.attach()
+                    except FootlightError as error:
+                        log.warning("the %s probe is not up: %s", kind.name, error.what)
+                        self.missing[kind.name] = error.what.partition("\n")[0]
+                        continue
+                    opening.push(trying.pop_all())
+                self.others.append(probe)
+            self.requests.attach()
+            self._stack = opening.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def up(self) -> list[Probe]:
+        """The probes that are attached."""
+        return [self.requests, *self.others]
 
 
 class _Attacher:
@@ -87,32 +139,41 @@ class _Attacher:
         self,
         config: Config,
         front: Front,
-        probe: RequestsProbe,
+        probes: _Probes,
         discovery: Discovery,
         targets: Targets,
         listener: socket.socket | None,
+        recordings: int | None,
     ) -> None:
         self._config = config
         self._front = front
-        self._probe = probe
+        self._probes = probes
+        self._run_stats = RunStats(probes.up)
         self._discovery = discovery
         self._targets = targets
         self._listener = listener
+        self._recordings = recordings
         self._restarts = 0
         self._crashes: deque[float] = deque(maxlen=CRASHES)
         self._reader = 0
         self._socket: socket.socket | None = None
         self._usage: tuple[ProcessUsage, ...] = ()
+        self._processes = Processes() if config.probes.process else None
+        self._held: tuple[ServiceProcesses, ...] = ()
         self._rounds = 0
-        self._warned = False
+        self._warnings: set[str] = set()
 
     def run(self) -> int:
         """Supervise until the end; returns the exit status."""
         self._start_reader(resumes=False)
+        code = 1
         try:
-            return self._supervise()
+            with self._run_stats:
+                code = self._supervise()
         finally:
-            self._end_reader()
+            if not self._end_reader():
+                code = max(code, 1)
+        return code
 
     def _supervise(self) -> int:
         due = time.monotonic()
@@ -133,19 +194,27 @@ class _Attacher:
             self._targets = self._discovery.scan()
         except OSError as error:
             log.warning("cannot look for processes: %s", error)
-        self._probe.follow(self._targets.processes, self._targets.ports)
+        self._probes.requests.follow(self._targets.processes, self._targets.ports)
+        self._run_stats.turn()
         if self._socket is None:
             return
+        status = self._status()
         try:
-            self._socket.send(msgspec.json.encode(self._status()), socket.MSG_DONTWAIT)
+            try:
+                self._socket.send(msgspec.json.encode(status), socket.MSG_DONTWAIT)
+            except OSError as error:
+                if error.errno != errno.EMSGSIZE:
+                    raise
+                # A thousand system calls, counted by service, are what a packet holds.
+                self._warn_once("there are too many system calls to report: none of them is")
+                self._socket.send(msgspec.json.encode(replace(status, syscalls=())), socket.MSG_DONTWAIT)
         except BlockingIOError:
             pass  # the reader is busy; the next report says more
         except (BrokenPipeError, ConnectionResetError):
             pass  # it is gone, and SIGCHLD will say so
 
     def _status(self) -> AgentStatus:
-        counts = self._probe.counts()
-        stats = self._probe.run_stats().values()
+        targets = self._probes.requests.targets()
         if self._rounds % _USAGE_EVERY == 0:
             self._usage = tuple(
                 usage
@@ -153,22 +222,19 @@ class _Attacher:
                 if usage is not None
             )
             self._watch_memory()
+            self._look_at_services(targets)
         self._rounds += 1
-        followed = Counter(self._probe.targets().values())
+        followed = Counter(targets.values())
         ports = Counter(self._targets.ports.values())
         return AgentStatus(
             at_ns=time.monotonic_ns(),
-            transport=self._probe.channels.transport.value,
-            probes=(
-                ProbeStatus(
-                    name=self._probe.name,
-                    up=True,
-                    reason="",
-                    events=sum(counts[count] for count in SEEN),
-                    cpu_ns=sum(each.run_ns for each in stats),
-                    runs=sum(each.runs for each in stats),
-                    losses=tuple(Loss(count.name.lower(), counts[count]) for count in REASONS),
-                ),
+            transport=self._probes.transport.value,
+            probes=tuple(
+                [self._probe_status(probe) for probe in self._probes.up]
+                + [
+                    ProbeStatus(name, up=False, reason=reason, events=0, cpu_ns=None, runs=None, losses=())
+                    for name, reason in self._probes.missing.items()
+                ]
             ),
             targets=tuple(
                 TargetStatus(service.name, followed[index], ports[index])
@@ -176,15 +242,60 @@ class _Attacher:
             ),
             reader_restarts=self._restarts,
             processes=self._usage,
+            services=self._held,
+            syscalls=tuple(self._syscalls()),
+        )
+
+    def _look_at_services(self, targets: Mapping[int, int]) -> None:
+        """What the services' processes hold, and which cgroups hold nothing else."""
+        for probe in self._probes.others:
+            if isinstance(probe, BlockProbe):
+                probe.follow_cgroups(service_cgroups(targets))
+        if self._processes is not None:
+            self._held = tuple(
+                ServiceProcesses(
+                    self._config.services[index].name,
+                    held.open_files,
+                    held.descriptor_growth,
+                    held.threads,
+                    held.resident_bytes,
+                    held.major_faults,
+                )
+                for index, held in self._processes.look(targets).items()
+            )
+
+    def _syscalls(self) -> Iterator[SyscallLatency]:
+        for probe in self._probes.others:
+            if isinstance(probe, SyscallsProbe):
+                for (service, number), (sum_ns, *counts) in sorted(probe.latencies().items()):
+                    yield SyscallLatency(
+                        self._config.services[service].name, syscall_name(number), sum_ns, tuple(counts)
+                    )
+
+    def _probe_status(self, probe: Probe) -> ProbeStatus:
+        counts = probe.counts()
+        cost = self._run_stats.of(probe)
+        return ProbeStatus(
+            name=probe.name,
+            up=True,
+            reason="",
+            events=sum(counts[count] for count in probe.seen_counts()),
+            cpu_ns=cost.run_ns,
+            runs=cost.runs,
+            losses=tuple(Loss(count.name.lower(), counts[count]) for count in probe.loss_counts()),
         )
 
     def _watch_memory(self) -> None:
         """Say once that the agent uses more memory than it was given. Nothing is dropped for it."""
         used = sum(usage.proportional_bytes or 0 for usage in self._usage)
         limit = self._config.limits.memory
-        if used > limit and not self._warned:
-            self._warned = True
-            log.warning("the agent uses %d MiB, more than limits.memory (%d MiB)", used >> 20, limit >> 20)
+        if used > limit:
+            self._warn_once("the agent uses %d MiB, more than limits.memory (%d MiB)", used >> 20, limit >> 20)
+
+    def _warn_once(self, text: str, *values: int) -> None:
+        if text not in self._warnings:
+            self._warnings.add(text)
+            log.warning(text, *values)
 
     # ---- the reader ----
 
@@ -192,7 +303,15 @@ class _Attacher:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             given = Inheritance(
-                self._config, self._front, self._probe.channels, theirs, self._listener, os.getpid(), resumes
+                self._config,
+                self._front,
+                tuple(channel for probe in self._probes.up for channel in probe.channels),
+                tuple(probe.stats_map for probe in self._probes.up if probe.stats_map is not None),
+                theirs,
+                self._listener,
+                os.getpid(),
+                self._recordings,
+                resumes,
             )
             self._reader = fork_reader(given)
         self._socket = ours
@@ -221,18 +340,20 @@ class _Attacher:
         self._start_reader(resumes=True)
         return True
 
-    def _end_reader(self) -> None:
+    def _end_reader(self) -> bool:
+        """End the reader. False: it had to be killed, as one must be whose output nobody takes any more."""
         if not self._reader:
-            return
-        deadline = time.monotonic() + STOP_S
+            return True
+        deadline = time.monotonic() + self._front.stop_s
         os.kill(self._reader, signal.SIGTERM)
         while os.waitpid(self._reader, os.WNOHANG)[0] == 0:
             if time.monotonic() > deadline:
                 log.error("the reader does not end; killing it")
                 os.kill(self._reader, signal.SIGKILL)
                 os.waitpid(self._reader, 0)
-                return
+                return False
             time.sleep(0.01)
+        return True
 
 
 def _unblock_signals(old_mask: AbstractSet[int]) -> None:

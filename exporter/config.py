@@ -12,6 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
@@ -34,6 +35,7 @@ MAX_DEPTH: Final = 32
 MAX_SERVICES: Final = 64
 MAX_LABELS: Final = 4
 MAX_LABEL_VALUES: Final = 32
+MAX_SLOS: Final = 64
 MAX_TEXT: Final = 4096
 MAX_PID: Final = 1 << 22
 
@@ -53,6 +55,12 @@ _SIZE_UNITS: Final = {
     "MiB": 2**20,
     "GiB": 2**30,
 }
+_DURATION: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([a-z]+)")
+_TIME_UNITS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_SLO_NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,62}")
+_SLO_KEYS: Final = ("name", "sli", "below", "target", "window", "service", "model_name")
+SLO_SLIS: Final = ("ttft", "itl", "tpot", "longest_gap", "duration")
+"""Latencies that an objective may be about, by the value of their `Sli`."""
 _ON: Final = frozenset({"on", "true", "yes"})
 _OFF: Final = frozenset({"off", "false", "no"})
 
@@ -113,9 +121,15 @@ class Service(msgspec.Struct, frozen=True):
 
 
 class Probes(msgspec.Struct, frozen=True):
-    """Which probes are wanted."""
+    """Which probes are wanted. `syscalls` costs every system call of the host, so it is off."""
 
     requests: bool = True
+    scheduler: bool = True
+    tcp: bool = True
+    block: bool = True
+    memory: bool = True
+    process: bool = True
+    syscalls: bool = False
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -127,6 +141,30 @@ class Limits(msgspec.Struct, frozen=True):
     cpu: float = 0.02
 
 
+class Slo(msgspec.Struct, frozen=True):
+    """An objective: the fraction `target` of the observations of `sli` is at most `below_s` seconds.
+
+    `sli` is the value of a latency's `Sli`. `window_s` is its period. None for `service` or `model_name` means every
+    one.
+    """
+
+    name: str
+    sli: str
+    below_s: float
+    target: float
+    window_s: int = 30 * 86400
+    service: str | None = None
+    model_name: str | None = None
+
+
+class RecorderConfig(msgspec.Struct, frozen=True):
+    """Where recordings are kept that the agent makes by itself; None: it makes none. `size` is in bytes, of all."""
+
+    folder: str | None = None
+    files: int = 20
+    size: int = 256 * 2**20
+
+
 class Config(msgspec.Struct, frozen=True):
     """Everything the agent was asked to do."""
 
@@ -134,6 +172,8 @@ class Config(msgspec.Struct, frozen=True):
     services: tuple[Service, ...] = ()
     probes: Probes = Probes()
     limits: Limits = Limits()
+    slos: tuple[Slo, ...] = ()
+    recorder: RecorderConfig = RecorderConfig()
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -209,11 +249,19 @@ def parse_size(text: str) -> int:
     return round(float(found[1]) * _SIZE_UNITS[found[2]])
 
 
+def parse_duration(text: str) -> float:
+    """Parse a time with its unit (us, ms, s, m, h, d) into seconds. Raises `ValueError`."""
+    found = _DURATION.fullmatch(text)
+    if found is None or found[2] not in _TIME_UNITS:
+        raise ValueError(text)
+    return round(float(found[1]) * _TIME_UNITS[found[2]], 12)  # 100 * 1e-6 is less than 0.0001
+
+
 def parse_percent(text: str) -> float:
     """Parse a percentage such as `2%` into a fraction. Raises `ValueError`."""
     if not text.endswith("%") or not _DECIMAL.fullmatch(text[:-1].rstrip(" ")):
         raise ValueError(text)
-    return float(text[:-1]) / 100
+    return round(float(text[:-1]) / 100, 12)  # 99.9 / 100 is more than 0.999
 
 
 _SERVICE_NAME_RULE: Final = "use 1 to 63 of A-Z a-z 0-9 . _ / - and begin with a letter or digit"
@@ -437,6 +485,19 @@ class _Value:
             )
         return value
 
+    def duration(self, low: float, high: float) -> float:
+        """A time with its unit, in seconds."""
+        try:
+            value = parse_duration(self.literal())
+        except ValueError:
+            value = -1.0
+        if not low <= value <= high:
+            self.fail(
+                f"must be a time from {_time(low)} to {_time(high)}, not {self.described()}",
+                f"write a number and a unit ({', '.join(_TIME_UNITS)}), such as 300ms",
+            )
+        return value
+
     def percent(self, high: float) -> float:
         """A percentage above zero, as a fraction."""
         try:
@@ -469,6 +530,11 @@ def _size(size: int) -> str:
     return f"{size // 2**30}GiB" if size >= 2**30 else f"{size // 2**20}MiB"
 
 
+def _time(seconds: float) -> str:
+    unit = max((size, unit) for unit, size in _TIME_UNITS.items() if size <= seconds)
+    return f"{seconds / unit[0]:g}{unit[1]}"
+
+
 def _did_you_mean(word: str, allowed: Sequence[str]) -> str:
     import difflib  # noqa: PLC0415 - only needed on the way out
 
@@ -480,12 +546,15 @@ def _did_you_mean(word: str, allowed: Sequence[str]) -> str:
 
 
 def _config(root: _Value) -> Config:
-    keys = root.fields("listen", "services", "probes", "limits", required=("services",))
+    keys = root.fields("listen", "services", "probes", "limits", "slos", "recorder", required=("services",))
+    services = _services(keys["services"])
     return Config(
         listen=_listen(keys["listen"]) if "listen" in keys else Address(),
-        services=_services(keys["services"]),
+        services=services,
         probes=_probes(keys["probes"]) if "probes" in keys else Probes(),
         limits=_limits(keys["limits"]) if "limits" in keys else Limits(),
+        slos=_slos(keys["slos"], {service.name for service in services}) if "slos" in keys else (),
+        recorder=_recorder(keys["recorder"]) if "recorder" in keys else RecorderConfig(),
     )
 
 
@@ -582,11 +651,10 @@ def _label_value(value: _Value) -> str:
 
 def _probes(value: _Value) -> Probes:
     keys = value.fields(*Probes.__struct_fields__)
-    if "requests" in keys and not keys["requests"].switch():
-        keys["requests"].fail(
-            "cannot be off: it is the only probe, nothing would be measured", "remove the line or write `on`"
-        )
-    return Probes()
+    wanted = {name: item.switch() for name, item in keys.items()}
+    if not wanted.get("requests", True):
+        keys["requests"].fail("cannot be off: all others build on it", "remove the line or write `on`")
+    return Probes(**wanted)
 
 
 def _limits(value: _Value) -> Limits:
@@ -597,3 +665,60 @@ def _limits(value: _Value) -> Limits:
     memory = keys["memory"].size(64 * 2**20, 64 * 2**30) if "memory" in keys else default.memory
     cpu = keys["cpu"].percent(64.0) if "cpu" in keys else default.cpu
     return Limits(models, connections, memory, cpu)
+
+
+def _slos(value: _Value, services: AbstractSet[str]) -> tuple[Slo, ...]:
+    slos: list[Slo] = []
+    items = value.items()
+    if len(items) > MAX_SLOS:
+        value.fail(f"there are {len(items)} objectives", f"list at most {MAX_SLOS}")
+    for item in items:
+        slo = _slo(item, services)
+        if any(slo.name == other.name for other in slos):
+            item.fail(f"the name {_shown(slo.name)} is given twice", "give each objective a name of its own")
+        slos.append(slo)
+    return tuple(slos)
+
+
+def _slo(value: _Value, services: AbstractSet[str]) -> Slo:
+    keys = value.fields(*_SLO_KEYS, required=("name", "sli", "below", "target"))
+    name = keys["name"].text()
+    if not _SLO_NAME.fullmatch(name):
+        keys["name"].fail(
+            f"{_shown(name)} is not the name of an objective", "use 1 to 63 of a-z 0-9 - and begin with a letter"
+        )
+    sli = keys["sli"].text()
+    if sli not in SLO_SLIS:
+        keys["sli"].fail(
+            f"unknown sli {_shown(sli)}", f"{_did_you_mean(sli, SLO_SLIS)}allowed here: {', '.join(SLO_SLIS)}"
+        )
+    target = keys["target"].percent(1.0)
+    if target == 1:
+        keys["target"].fail("100% leaves no room for a single slow request", "write less, such as 99.9%")
+    service = keys["service"].text() if "service" in keys else "*"
+    if service != "*" and service not in services:
+        near = _did_you_mean(service, sorted(services))
+        keys["service"].fail(f"there is no service {_shown(service)}", f"{near}list it under services")
+    model = keys["model_name"].text() if "model_name" in keys else "*"
+    return Slo(
+        name=name,
+        sli=sli,
+        below_s=keys["below"].duration(0.0001, 7680),
+        target=target,
+        window_s=round(keys["window"].duration(3600, 90 * 86400)) if "window" in keys else 30 * 86400,
+        service=None if service == "*" else service,
+        model_name=None if model == "*" else model,
+    )
+
+
+def _recorder(value: _Value) -> RecorderConfig:
+    keys = value.fields(*RecorderConfig.__struct_fields__)
+    default = RecorderConfig()
+    folder = keys["folder"].text() if "folder" in keys else None
+    if folder is not None and not folder.startswith("/"):
+        keys["folder"].fail(f"{_shown(folder)} is not an absolute path", "write one, such as /var/lib/footlight")
+    return RecorderConfig(
+        folder,
+        keys["files"].whole(1, 10_000) if "files" in keys else default.files,
+        keys["size"].size(2**20, 2**40) if "size" in keys else default.size,
+    )

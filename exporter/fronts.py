@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Protocol, TextIO
@@ -27,12 +27,15 @@ if TYPE_CHECKING:
     from exporter.cli.table import LiveTable
     from exporter.config import Address, Config
     from exporter.slis import Row
+    from exporter.why import Explained
 
 log = logging.getLogger("footlight")
 
+STOP_S: Final = 1.5
+"""How long a front may take to end where nothing is to be written: HTTP clients get one second."""
 TRACE_COLUMNS: Final = (
     f"{'TIME':<12}  {'SERVICE':<12}  {'MODEL':<22}  {'CODE':>4}  {'TTFT':>6}  {'ITL':>6}  {'STALL':>6}  "
-    f"{'TOKENS':>11}  {'TOTAL':>6}  OUTCOME"
+    f"{'TOKENS':>11}  {'TOTAL':>6}  {'WHY':<26}  OUTCOME"
 )
 
 
@@ -72,6 +75,14 @@ class Front(Protocol):
     serves: bool
     """Whether /metrics is to be served."""
 
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """Descriptors of the attacher that it needs in the reader."""
+
+    @property
+    def stop_s(self) -> float:
+        """How long its end may take after a signal; then it is killed."""
+
     def prepare(self) -> None:
         """Import what will be needed: this is the reader, which gives up the right to read files after this call."""
 
@@ -80,6 +91,9 @@ class Front(Protocol):
 
     def finished(self, request: FinishedRequest) -> None:
         """A request is over."""
+
+    def explained(self, explained: Explained) -> None:
+        """The path of a request that was handed over before."""
 
     def tick(self, reader: Reader) -> None:
         """A quarter of a second went by."""
@@ -104,6 +118,8 @@ class ServeFront:
     """Serves /metrics and logs what a person who watches the log must know."""
 
     serves = True
+    fds: tuple[int, ...] = ()
+    stop_s: float = STOP_S
 
     def __init__(self, clock: Clock | None = None) -> None:
         self._clock: Final = clock or Clock()
@@ -126,6 +142,9 @@ class ServeFront:
 
     def finished(self, request: FinishedRequest) -> None:
         """Log nothing: requests are counted."""
+
+    def explained(self, explained: Explained) -> None:
+        """Nothing: paths are for `why`."""
 
     def tick(self, reader: Reader) -> None:
         """Log what changed: readiness, processes followed, events lost."""
@@ -163,6 +182,9 @@ class TopFront:
     It ends the agent after `count` tables or `duration_s` seconds, where given. `interval_s` is in seconds.
     """
 
+    fds: tuple[int, ...] = ()
+    stop_s: float = STOP_S
+
     def __init__(
         self,
         *,
@@ -179,7 +201,7 @@ class TopFront:
         self._duration_ns: Final = None if duration_s is None else round(duration_s * 1e9)
         self._interval_ns: Final = round(interval_s * 1e9)
         self._count: Final = count
-        self._out: Final = _Output(out)
+        self._out: Final = Output(out)
         self._clock: Final = clock or Clock()
         self._shown = 0
         self._next_ns = 0
@@ -188,7 +210,7 @@ class TopFront:
 
     def prepare(self) -> None:
         """Load what draws the table, the widths of all characters included."""
-        _prepare_output()
+        prepare_output()
         if not self._as_json:
             from rich.cells import cell_len  # noqa: PLC0415 - rich is 2.7 MB that only a terminal needs
 
@@ -208,6 +230,9 @@ class TopFront:
 
     def finished(self, request: FinishedRequest) -> None:
         """Nothing: the rows come from the SLIs."""
+
+    def explained(self, explained: Explained) -> None:
+        """Nothing: paths are for `why`."""
 
     def tick(self, reader: Reader) -> None:
         """Show the rows when the interval is over."""
@@ -245,6 +270,9 @@ class TraceFront:
     Ends the agent after `count` requests or `duration_s` seconds, where given.
     """
 
+    fds: tuple[int, ...] = ()
+    stop_s: float = STOP_S
+
     def __init__(
         self,
         *,
@@ -259,7 +287,7 @@ class TraceFront:
         self._as_json: Final = as_json
         self._duration_ns: Final = None if duration_s is None else round(duration_s * 1e9)
         self._count: Final = count
-        self._out: Final = _Output(out)
+        self._out: Final = Output(out)
         self._clock: Final = clock or Clock()
         self._end_ns: int | None = None
         self._shown = 0
@@ -270,7 +298,7 @@ class TraceFront:
 
     def prepare(self) -> None:
         """Load what a closed pipe needs."""
-        _prepare_output()
+        prepare_output()
 
     def started(self, reader: Reader) -> None:
         """Print the header; the time starts to count."""
@@ -294,6 +322,9 @@ class TraceFront:
             )
             self._out.line(self._paint(trace_line(request, wall_ns), colour))
 
+    def explained(self, explained: Explained) -> None:
+        """Nothing: the request has its causes."""
+
     def tick(self, reader: Reader) -> None:
         """End the agent when the count or the time is reached."""
         over = self._end_ns is not None and self._clock.monotonic_ns() >= self._end_ns
@@ -307,11 +338,12 @@ class TraceFront:
         return f"\x1b[{code}m{text}\x1b[0m" if self._colour and code else text
 
 
-def _prepare_output() -> None:
-    codecs.lookup("ascii")  # that `_Output.attempt` opens a file with
+def prepare_output() -> None:
+    """Load what a closed pipe needs."""
+    codecs.lookup("ascii")  # that `Output.attempt` opens a file with
 
 
-class _Output:
+class Output:
     """A stream that may be closed by who reads it: `closed` says so, and nothing is written any more."""
 
     def __init__(self, file: TextIO | None) -> None:
@@ -368,8 +400,22 @@ def trace_line(request: FinishedRequest, wall_ns: int) -> str:
         f"{at:<12}  {shortened(safe(request.service), 12):<12}  {shortened(safe(request.model or '-'), 22):<22}  "
         f"{_or_dash(request.status):>4}  {span(first_ns):>6}  {span(mean_gap_ns(request)):>6}  "
         f"{span(request.longest_gap_ns):>6}  {tokens:>11}  {span(request.finished_ns - request.arrived_ns):>6}  "
-        f"{outcome(request)}"
+        f"{largest_causes(request):<26}  {outcome(request)}"
     )
+
+
+def largest_causes(request: FinishedRequest) -> str:
+    """What most of the time to the first token was spent on: the two largest causes with their shares."""
+    if request.causes is None:
+        return "-"
+    parts = sorted(request.causes.ttft.items(), key=lambda part: -part[1])
+    whole = sum(ns for _, ns in parts)
+    shares = [(cause, round(100 * ns / whole)) for cause, ns in parts[:2]]
+    return " ".join(f"{cause} {share}%" for cause, share in shares if share)
+
+
+def _in_seconds(parts: Mapping[str, int]) -> dict[str, float]:
+    return {cause: ns / 1e9 for cause, ns in parts.items()}
 
 
 def trace_object(request: FinishedRequest, wall_ns: int, label_names: Sequence[str]) -> dict[str, Any]:
@@ -410,6 +456,10 @@ def trace_object(request: FinishedRequest, wall_ns: int, label_names: Sequence[s
         "completion_tokens": request.completion_tokens,
         "cached_tokens": request.cached_tokens,
         "wasted_tokens": request.wasted_tokens,
+        "causes_sampled": request.causes is not None,
+        "causes": None
+        if request.causes is None
+        else {"ttft": _in_seconds(request.causes.ttft), "decode": _in_seconds(request.causes.decode)},
     }
 
 
@@ -448,4 +498,5 @@ def _or_dash(value: int | None) -> str:
 
 def _with_units(row: Row) -> dict[str, Any]:
     values = asdict(row)
+    values["why"] = None if row.why is None else dict(zip(("cause", "share"), row.why, strict=True))
     return {f"{name}_seconds" if name.startswith(("ttft", "itl")) else name: value for name, value in values.items()}

@@ -13,6 +13,8 @@ from probes.wire.openai import Api, RequestBody, ResponseBody, Usage, parse_fram
 from probes.wire.sse import SseDecoder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from exporter.slis import Series, Slis
     from probes.wire.http1 import ResponseHead
 
@@ -36,11 +38,13 @@ class Request:
         "_done_ns",
         "_error",
         "_first_token_ns",
+        "_first_token_tid",
         "_frames",
         "_gap",
         "_last_token_ns",
+        "_last_token_tid",
         "_longest_gap_ns",
-        "_number",
+        "_on_first_token",
         "_prompt_tokens",
         "_response_body",
         "_series",
@@ -56,19 +60,24 @@ class Request:
         "last_write_ns",
         "method",
         "model",
+        "number",
+        "peer",
         "read_ns",
         "service",
         "status",
         "tgid",
         "tid",
+        "writer_tid",
     )
 
-    def __init__(self, arrived_ns: int | None, read_ns: int, tgid: int, tid: int) -> None:
-        """A request whose first byte was read at `read_ns` by thread `tid` of process `tgid`."""
+    def __init__(self, arrived_ns: int | None, read_ns: int, tgid: int, tid: int, peer: str = "") -> None:
+        """A request of `peer` whose first byte was read at `read_ns` by thread `tid` of process `tgid`."""
         self.arrived_ns = read_ns if arrived_ns is None else arrived_ns
         self.read_ns = read_ns
         self.tgid = tgid
         self.tid = tid
+        self.peer = peer
+        self.writer_tid = tid  # thread that wrote to its connection last
         self.method = b""
         self.status: int | None = None
         self.first_byte_ns: int | None = None
@@ -80,7 +89,8 @@ class Request:
         self._capture = Capture.arrival_unseen if arrived_ns is None else Capture.complete
         self._slis: Slis | None = None
         self._series: Series | None = None
-        self._number = 0
+        self.number = 0
+        self._on_first_token: Callable[[Request], None] | None = None
         self._target = ""
         self._body: RequestBody | None = None
         self._streamed = False
@@ -88,6 +98,8 @@ class Request:
         self._response_body: ResponseBody | None = None
         self._first_token_ns: int | None = None
         self._last_token_ns: int | None = None
+        self._first_token_tid = tid
+        self._last_token_tid = tid
         self._longest_gap_ns: int | None = None
         self._gap = False  # frames may be missing since the last one
         self._frames = 0
@@ -98,12 +110,22 @@ class Request:
         self._completion_tokens: int | None = None
         self._cached_tokens: int | None = None
 
-    def follow(self, api: Api, target: bytes, service: str, extra: tuple[str, ...], number: int, slis: Slis) -> None:
+    def follow(
+        self,
+        api: Api,
+        target: bytes,
+        service: str,
+        extra: tuple[str, ...],
+        number: int,
+        slis: Slis,
+        on_first_token: Callable[[Request], None] | None = None,
+    ) -> None:
         """Its head says that it is for an LLM: from here on its bytes are looked at."""
+        self._on_first_token = on_first_token
         self.api = api
         self.service = service
         self.extra = extra
-        self._number = number
+        self.number = number
         # A query string may hold secrets.
         self._target = target.partition(b"?")[0].decode("latin-1")
         self._slis = slis
@@ -123,6 +145,16 @@ class Request:
     def has_wasted(self) -> bool:
         """Whether frames were handed over after the client had left."""
         return self._wasted > 0
+
+    @property
+    def first_token(self) -> tuple[int, int] | None:
+        """When its first token was handed over and the thread that did it; None where that was not seen."""
+        return None if self._first_token_ns is None else (self._first_token_ns, self._first_token_tid)
+
+    @property
+    def last_token(self) -> tuple[int, int] | None:
+        """The same of its last token until now."""
+        return None if self._last_token_ns is None else (self._last_token_ns, self._last_token_tid)
 
     def said_done(self, by_ns: int) -> bool:
         """Tell whether the answer had said by then that it was complete, as streams do before their last byte."""
@@ -218,7 +250,10 @@ class Request:
                 self._gap = False
             elif last is None:
                 self._first_token_ns = at_ns
+                self._first_token_tid = self.writer_tid
                 series.first_token(max(0, at_ns - self.arrived_ns), at_ns)
+                if self._on_first_token is not None:
+                    self._on_first_token(self)
             else:
                 gap = max(0, at_ns - last)
                 series.gap(gap)
@@ -226,6 +261,7 @@ class Request:
                 if longest is None or gap > longest:
                     self._longest_gap_ns = gap
             self._last_token_ns = at_ns
+            self._last_token_tid = self.writer_tid
             self._frames += 1
             series.frame()
             if client_left_ns is not None:
@@ -276,7 +312,7 @@ class Request:
             self._series = self._slis.series(self.service, self.model, self.api.value, self.extra, answered)
         return self._series
 
-    def finish(self, peer: str, ended_ns: int, *, aborted: bool = False, cut_off: bool = False) -> FinishedRequest:
+    def finish(self, ended_ns: int, *, aborted: bool = False, cut_off: bool = False) -> FinishedRequest:
         """It is over since `ended_ns`; `aborted`: because the client left then, `cut_off`: because the service did."""
         assert self.api is not None
         self.end_body()
@@ -287,7 +323,7 @@ class Request:
         if self.model is None:
             self.spoil(Capture.model_unseen)
         return FinishedRequest(
-            number=self._number,
+            number=self.number,
             service=self.service,
             model=self.model,
             api=self.api.value,
@@ -311,7 +347,7 @@ class Request:
             capture=self._capture,
             method=self.method.decode("latin-1"),
             target=self._target,
-            peer=peer,
+            peer=self.peer,
             tgid=self.tgid,
             tid=self.tid,
         )

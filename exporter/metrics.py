@@ -13,10 +13,10 @@ import platform
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
@@ -28,75 +28,15 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import CollectorRegistry
 from prometheus_client.utils import floatToGoString
 
+from exporter.families import Family, Kind, Point, Scrape, Spec
+from exporter.kernel_metrics import kernel_families
 from exporter.labels import safe
 from exporter.slis import QUANTILE_SLIS, QUANTILES, Histogram, Series, Sli, Slis
 from exporter.status import AgentStatus, ProbeStatus, ProcessUsage, ReaderStatus, TargetStatus
 
-
-class Kind(Enum):
-    """The type of a family. The value is its name in OpenMetrics."""
-
-    COUNTER = "counter"
-    GAUGE = "gauge"
-    HISTOGRAM = "histogram"
-    SUMMARY = "summary"
-    INFO = "info"
-
-
-# What a family's sample names end with, by kind.
-_SUFFIXES = {
-    Kind.COUNTER: ("_total",),
-    Kind.GAUGE: ("",),
-    Kind.HISTOGRAM: ("_bucket", "_count", "_sum"),
-    Kind.SUMMARY: ("",),  # quantiles only: the histograms have the counts and sums
-    Kind.INFO: ("_info",),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """What a family is.
-
-    `name` is without the suffix that its kind adds to samples. `bounds` are those of a histogram, in seconds.
-    """
-
-    name: str
-    kind: Kind
-    help: str
-    labels: tuple[str, ...]
-    unit: str = ""
-    bounds: tuple[float, ...] = ()
-
-    def sample_names(self) -> tuple[str, ...]:
-        """The names that its samples carry."""
-        return tuple(self.name + suffix for suffix in _SUFFIXES[self.kind])
-
-    def text_name(self) -> str:
-        """The family's name in the text format, which knows no suffixes but a histogram's."""
-        return self.name if self.kind is Kind.HISTOGRAM else self.sample_names()[0]
-
-
-@dataclass(frozen=True, slots=True)
-class Scrape:
-    """What all families of one scrape share, so that they agree."""
-
-    now_ns: int
-    began: float  # by the timer of the metrics
-    series: Sequence[Series]
-    status: AgentStatus | None
-    reader: ReaderStatus
-
-
-# Values of the labels, and the sample. A histogram is read while the scrape lasts; nothing else runs then.
-Point = tuple[tuple[str, ...], float | Histogram]
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """A spec, and how its points are had at a scrape."""
-
-    spec: Spec
-    points: Callable[[Scrape], Iterable[Point]]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 def _per_series(get: Callable[[Series, int], float | Histogram | None]) -> Callable[[Scrape], Iterator[Point]]:
@@ -128,6 +68,15 @@ def _quantiles(scrape: Scrape) -> Iterator[Point]:
         for sli in QUANTILE_SLIS:
             for quantile, value in zip(QUANTILES, series.quantiles(sli, scrape.now_ns) or (), strict=False):
                 yield (*series.labels, sli.value, str(quantile)), value
+
+
+def _causes(slis: Slis) -> Callable[[Scrape], Iterator[Point]]:
+    def points(scrape: Scrape) -> Iterator[Point]:
+        for series in scrape.series if slis.explains else ():
+            for (phase, cause), ns in series.causes_ns.items():
+                yield (*series.labels, phase.value, cause.value), ns / 1e9
+
+    return points
 
 
 _LATENCIES = {
@@ -239,6 +188,16 @@ def _llm_families(slis: Slis) -> list[Family]:
                 "seconds",
             ),
             _quantiles,
+        ),
+        Family(
+            Spec(
+                "llm_latency_cause_seconds",
+                Kind.COUNTER,
+                "Time of all streamed requests by what it was spent on; scaled up from those whose path was walked.",
+                (*labels, "phase", "cause"),
+                "seconds",
+            ),
+            _causes(slis),
         ),
     ]
 
@@ -377,6 +336,16 @@ def _agent_families(version: str, timer: Callable[[], float]) -> list[Family]:
             "Connections for which the reader holds state.",
             (),
             lambda scrape: [((), scrape.reader.connections)],
+        ),
+        counter(
+            "footlight_paths",
+            "Windows of requests whose critical path was walked; those of others are divided like theirs.",
+            (),
+            lambda scrape: [] if scrape.reader.paths is None else [((), scrape.reader.paths)],
+        ),
+        Family(
+            Spec("footlight_path_cpu_seconds", Kind.COUNTER, "CPU time that critical paths took.", (), "seconds"),
+            lambda scrape: [] if scrape.reader.path_cpu_ns is None else [((), scrape.reader.path_cpu_ns / 1e9)],
         ),
         counter(
             "footlight_reader_restarts",
@@ -570,8 +539,8 @@ def installed_version() -> str:
 class Metrics:
     """Everything that /metrics says.
 
-    `status` gives what the attacher reported last, `reader` what the reader knows of itself; both are asked at each
-    scrape and must be quick. `timer` is in seconds.
+    `status` gives what the attacher reported last, `reader` what the reader knows of itself, `kernel` what the probes
+    have counted for each of `services`; all are asked at each scrape and must be quick. `timer` is in seconds.
     """
 
     def __init__(
@@ -579,16 +548,21 @@ class Metrics:
         slis: Slis,
         status: Callable[[], AgentStatus | None] = _nothing_yet,
         reader: Callable[[], ReaderStatus] = _no_reader,
+        kernel: Callable[[], Mapping[str, NDArray[np.void]]] = dict,
+        services: Sequence[str] = (),
         version: str | None = None,
         timer: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._slis = slis
         self._status = status
         self._reader = reader
+        self._kernel = kernel
+        self._services = [safe(service) for service in services]
         self._timer = timer
         self.version = installed_version() if version is None else version
         self._families = [
             *_llm_families(slis),
+            *kernel_families(),
             *_coverage_families(slis),
             *_agent_families(self.version, timer),
         ]
@@ -605,7 +579,15 @@ class Metrics:
         began = self._timer()
         now_ns = self._slis.clock()
         self._slis.flush(now_ns)
-        return Scrape(now_ns, began, self._slis.all_series(), self._status(), self._reader())
+        return Scrape(
+            now_ns,
+            began,
+            self._slis.all_series(),
+            self._status(),
+            self._reader(),
+            self._services,
+            self._kernel(),
+        )
 
     def describe(self) -> Iterator[Metric]:
         """The families without samples."""

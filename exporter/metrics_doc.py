@@ -7,13 +7,18 @@ from pathlib import Path
 
 import click
 
-from exporter.metrics import Kind, Metrics, Spec
+from exporter.families import Kind, Spec
+from exporter.metrics import Metrics
 from exporter.slis import Slis
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "metrics.md"
 
 _QUESTIONS = {
     "llm_": ("llm_*: what the users feel", "Labels that the config names come after `api`."),
+    "kernel_": (
+        "kernel_*: why",
+        "Counted in the kernel, per service. Histograms are right within a factor of two between their bounds.",
+    ),
     "footlight_": ("footlight_*: the agent itself", "Everything that was lost, and what the agent costs."),
 }
 

@@ -18,7 +18,7 @@ from probes.errors import FootlightError
 if TYPE_CHECKING:
     from exporter.config import Config
     from exporter.fronts import Front
-    from probes.requests import Channels
+    from probes.probe import Channel, StatsMap
 
 CRASHED: Final = 70
 """Exit status of a reader that died of its own fault (EX_SOFTWARE); the attacher starts another one."""
@@ -26,14 +26,20 @@ CRASHED: Final = 70
 
 @dataclass(frozen=True, slots=True)
 class Inheritance:
-    """What the attacher leaves to a reader. `resumes` is set when an earlier reader died over the same rings."""
+    """What the attacher leaves to a reader: the streams and counters of every probe that is up, and the rest.
+
+    `recordings` is the open folder of recordings, where one is configured.
+    `resumes` is set when an earlier reader died over the same rings.
+    """
 
     config: Config
     front: Front
-    channels: Channels
+    channels: tuple[Channel, ...]
+    stats: tuple[StatsMap, ...]
     status_socket: socket.socket
     listener: socket.socket | None
     attacher: int
+    recordings: int | None
     resumes: bool
 
 

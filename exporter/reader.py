@@ -13,7 +13,8 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -21,21 +22,38 @@ import uvicorn
 
 from exporter.config import Address
 from exporter.metrics import Metrics, installed_version
+from exporter.objectives import Objectives, bounds
+from exporter.paths import Paths
+from exporter.recorder import Recorder
+from exporter.recordings import WINDOW_S, RecordingFolder
 from exporter.requests import Conversations
 from exporter.slis import Slis
 from exporter.status import AgentStatus, Loss, ProbeLosses, ReaderStatus
-from exporter.web import create_app
+from exporter.trace_event import write
+from exporter.web import create_app, rehearse
+from exporter.why import encode
 from probes import privileges
+from probes.errors import FootlightError
 from probes.records import RequestRecords
+from probes.service_stats import ServiceStats
+from probes.streams import Streams
 
 if TYPE_CHECKING:
+    from exporter.objectives import Crossing
     from exporter.parting import Inheritance
+    from exporter.request import FinishedRequest
+    from exporter.trace_event import Recording
+    from exporter.why import Explained
+
+log = logging.getLogger("footlight")
 
 SHORTEST_PAUSE_S: Final = 0.05
 """Between two looks at the rings while there is little in them: nobody reads a table faster."""
 LONGEST_PAUSE_S: Final = 0.25
 """The same at the most: the rings of the default limits hold what 100,000 frames a second leave in that time."""
 TICK_S: Final = 0.25
+RECORDER_SHARE: Final = 0.12
+"""Part of the memory limit that the last minute's scheduling, TCP and block events may take."""
 _MAX_STATUS_BYTES: Final = 1 << 20
 
 
@@ -50,7 +68,9 @@ class _Server(uvicorn.Server):
 class Reader:
     """What the fronts see, and the loop that drives everything."""
 
-    def __init__(self, given: Inheritance, records: RequestRecords) -> None:
+    def __init__(
+        self, given: Inheritance, records: RequestRecords, streams: Streams, counters: Sequence[ServiceStats]
+    ) -> None:
         self.config = given.config
         self.status: AgentStatus | None = None
         self.address: Address | None = None
@@ -58,14 +78,50 @@ class Reader:
             host, port = given.listener.getsockname()[:2]
             self.address = Address(host, port)
         limits = given.config.limits
-        self.slis = Slis(given.config.label_names, limits.models_per_service)
+        self.slis = Slis(given.config.label_names, limits.models_per_service, bounds(given.config.slos))
         self._front = given.front
         self._records = records
-        self._skipped = records.skip_all() if given.resumes else 0
+        self._streams = streams
+        self._skipped: Counter[str] = Counter()
+        if given.resumes:
+            probe_of = {channel.name: channel.probe for channel in given.channels}
+            self._skipped["requests"] = records.skip_all()
+            for stream, count in streams.skip_all().items():
+                self._skipped[probe_of[stream]] += count
+        self._probes = {channel.probe for channel in given.channels}
+        self._objectives = Objectives(given.config.slos, self.slis)
+        self.recorder: Recorder | None = None
+        self.paths: Paths | None = None
+        if "intervals" in streams.dtypes:
+            self.recorder = Recorder(
+                streams.dtypes, round(limits.memory * RECORDER_SHARE), [each.name for each in given.config.services]
+            )
+            self.paths = Paths(
+                self.recorder.timeline, self._finished, self._explained, self._objectives.threshold, limits.cpu
+            )
+            self.slis.explains = True
+            if given.resumes:
+                self.recorder.note_all_lost()
         self._conversations = Conversations(
-            given.config.services, given.config.label_names, self.slis, given.front.finished, limits.connections
+            given.config.services,
+            given.config.label_names,
+            self.slis,
+            self._finished if self.paths is None else self.paths.finished,
+            limits.connections,
+            None if self.paths is None else self.paths.first_token,
         )
-        self.metrics = Metrics(self.slis, lambda: self.status, self._own_status)
+        self.metrics = Metrics(
+            self.slis,
+            lambda: self.status,
+            self._own_status,
+            lambda: {each.probe: each.totals() for each in counters},
+            [service.name for service in given.config.services],
+        )
+        self._folder: RecordingFolder | None = None
+        if given.recordings is not None:
+            kept = given.config.recorder
+            self._folder = RecordingFolder(given.recordings, keep_files=kept.files, keep_bytes=kept.size)
+        self._recordings: set[asyncio.Task[None]] = set()
         self._status_socket = given.status_socket
         self._listener = given.listener
         self._cpu_limit = limits.cpu
@@ -93,14 +149,95 @@ class Reader:
             finally:
                 if server is not None:
                     server.should_exit = True
-        self._records.drain(self._conversations)
+        self._catch_up()
         self._front.stopped(self)
+
+    def _drain_all(self) -> None:
+        """Requests first: what their paths need was made before, so it comes with the streams after."""
+        self._records.drain(self._conversations)
+        if self.recorder is None:
+            self._streams.skip_all()  # nobody needs them, and a full ring would count as loss
+            return
+        self._streams.drain(self.recorder.add)
+
+    def _finished(self, request: FinishedRequest) -> None:
+        if self.recorder is not None:
+            self.recorder.finished(request)
+        self._front.finished(request)
+
+    def _explained(self, explained: Explained) -> None:
+        if self.recorder is not None:
+            self.recorder.explained(explained)
+        self._front.explained(explained)
+
+    def recording(self, since_ns: int, reason: str) -> Recording:
+        """All that was kept from that instant on. Raises FootlightError where nothing was."""
+        if self.recorder is None:
+            raise FootlightError("nothing was recorded: the scheduler probe is not up", "footlight check")
+        losses = {
+            f"{probe.name} {loss.reason}": loss.count
+            for probe in (self.status.probes if self.status else ())
+            for loss in probe.losses
+            if loss.count
+        }
+        return self.recorder.recording(since_ns, reason, losses)
+
+    def _catch_up(self) -> None:
+        """Make what is told now be all that is known: a round comes only four times a second."""
+        self._drain_all()
+        if self.paths is not None:
+            self.paths.round(time.monotonic_ns())
+
+    def _record(self, seconds: float) -> Iterator[bytes]:
+        self._catch_up()
+        return write(self.recording(time.monotonic_ns() - round(seconds * 1e9), "asked"))
+
+    def _why(self) -> Iterator[bytes]:
+        """What is known of the requests of the last minutes that have a path, as JSON lines."""
+        self._catch_up()
+        offset_ns = time.time_ns() - time.monotonic_ns()
+        labels = self.config.label_names
+        for explained in self.paths.recent() if self.paths else ():
+            told = encode(explained, explained.request.finished_ns + offset_ns, labels)
+            yield msgspec.json.encode(told) + b"\n"
+
+    async def _keep_recording(self, crossing: Crossing) -> None:
+        """Write the last minute to the folder: an objective does not hold any more."""
+        assert self._folder is not None
+        try:
+            with self._folder.create(crossing.slo.name) as (name, file):
+                recording = self.recording(time.monotonic_ns() - WINDOW_S * 10**9, crossing.slo.name)
+                for piece in write(recording):
+                    file.write(piece)
+                    await asyncio.sleep(0)
+        except OSError as error:
+            log.warning("no recording of %s: %s", crossing.slo.name, error)
+            return
+        log.warning("%s is recorded as %s", crossing.slo.name, name)
+
+    def _watch_objectives(self, now_ns: int) -> None:
+        for crossing in self._objectives.crossed(now_ns):
+            slo, labels = crossing.slo, " ".join(crossing.labels)
+            log.warning(
+                "%s does not hold for %s: %.2f%% within %g s, wanted %g%%",
+                *(slo.name, labels, 100 * crossing.good, slo.below_s, 100 * slo.target),
+            )
+            if self._folder is not None and self.recorder is not None and self._folder.may_record():
+                task = asyncio.get_running_loop().create_task(self._keep_recording(crossing))
+                self._recordings.add(task)
+                task.add_done_callback(self._recordings.discard)
 
     def _start_server(self, tasks: asyncio.TaskGroup) -> _Server | None:
         if self._listener is None:
             return None
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
-        server = _Server(_http(create_app(self.metrics, lambda: self.status)))
+        app = create_app(
+            self.metrics,
+            lambda: self.status,
+            why=None if self.paths is None else self._why,
+            record=None if self.recorder is None else self._record,
+        )
+        server = _Server(_http(app))
         tasks.create_task(server.serve(sockets=[self._listener]))
         return server
 
@@ -111,7 +248,7 @@ class Reader:
         """
         began = time.process_time()
         with self._failing():
-            self._records.drain(self._conversations)
+            self._drain_all()
         pause = (time.process_time() - began) / self._cpu_limit
         self._call_later(min(max(pause, SHORTEST_PAUSE_S), LONGEST_PAUSE_S), self._drain)
 
@@ -119,7 +256,10 @@ class Reader:
         now_ns = time.monotonic_ns()
         with self._failing():
             self._conversations.sweep(now_ns)
+            if self.paths is not None:
+                self.paths.round(now_ns)
             self.slis.tick(now_ns)
+            self._watch_objectives(now_ns)
             self._front.tick(self)
         self._call_later(TICK_S, self._tick)
 
@@ -145,23 +285,37 @@ class Reader:
         if not packet:
             self.stop()
             return
-        self.status = msgspec.json.decode(packet, type=AgentStatus)
+        before, self.status = self.status, msgspec.json.decode(packet, type=AgentStatus)
+        if self.recorder is not None:
+            self.recorder.note_losses(before, self.status)
 
     def _own_status(self) -> ReaderStatus:
-        losses = (ProbeLosses("requests", (Loss("reader_restart", self._skipped),)),)
-        return ReaderStatus(len(self._conversations), losses)
+        losses = tuple(
+            ProbeLosses(probe, (Loss("reader_restart", self._skipped[probe]),)) for probe in sorted(self._probes)
+        )
+        if self.paths is None:
+            return ReaderStatus(len(self._conversations), losses)
+        return ReaderStatus(len(self._conversations), losses, self.paths.walked, self.paths.spent_ns)
 
 
 def main(given: Inheritance) -> None:
     """Be the reader until it ends. Raises HostError when a ring cannot be mapped or privileges cannot be given up."""
-    with RequestRecords(given.channels) as records:
-        keep = [*given.channels.fds, given.status_socket.fileno()]
+    with (
+        RequestRecords(given.channels) as records,
+        Streams(channel for channel in given.channels if channel.probe != "requests") as streams,
+    ):
+        counters = [ServiceStats(each) for each in given.stats]
+        keep = [fd for channel in given.channels for fd in channel.fds]
+        keep.append(given.status_socket.fileno())
         if given.listener is not None:
             keep.append(given.listener.fileno())
+        keep.extend(given.front.fds)
+        if given.recordings is not None:
+            keep.append(given.recordings)
         given.status_socket.shutdown(socket.SHUT_WR)
         _import_the_rest(given)
         privileges.drop_to_nobody(keep, given.attacher)
-        asyncio.run(_run(given, records))
+        asyncio.run(_run(given, records, streams, counters))
 
 
 def _http(app: Callable[..., Awaitable[None]]) -> uvicorn.Config:
@@ -182,9 +336,12 @@ def _http(app: Callable[..., Awaitable[None]]) -> uvicorn.Config:
 
 def _import_the_rest(given: Inheritance) -> None:
     """Load what would else be read from files later: a checkout in /root is one that nobody may not look into."""
+    import numpy.ma  # noqa: F401, PLC0415 - numpy's set functions look it up when they are first called
+
     installed_version()
     if given.listener is not None:
         _http(_answer_nothing).load()
+        asyncio.run(rehearse())
     given.front.prepare()
 
 
@@ -192,8 +349,10 @@ async def _answer_nothing(_scope: object, _receive: object, _send: object) -> No
     """Stand in for the application while uvicorn finds its parts."""
 
 
-async def _run(given: Inheritance, records: RequestRecords) -> None:
-    reader = Reader(given, records)
+async def _run(
+    given: Inheritance, records: RequestRecords, streams: Streams, counters: Sequence[ServiceStats]
+) -> None:
+    reader = Reader(given, records, streams, counters)
     # What exists now lives as long as the process: the collector need not look at it again.
     gc.collect()
     gc.freeze()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -35,6 +36,18 @@ class Phase(Enum):
 
     waiting = "waiting"  # before the first token
     streaming = "streaming"  # after it
+
+
+@dataclass(frozen=True, slots=True)
+class Causes:
+    """Where the time of a request went: nanoseconds by cause (the value of `Cause`), those above zero.
+
+    The parts of `ttft` add up to first_token - arrived, those of `decode` to last_token - first_token; `decode` is
+    empty where that phase was not followed.
+    """
+
+    ttft: Mapping[str, int]
+    decode: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,3 +86,4 @@ class FinishedRequest:
     peer: str
     tgid: int
     tid: int
+    causes: Causes | None = None  # None: it has no path

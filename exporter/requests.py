@@ -160,7 +160,8 @@ class Connection:
 class Conversations:
     """Follows every connection. Implements `probes.records.Handler`.
 
-    `services` are the configured ones, by the index that the probe uses. `on_finished` gets each finished LLM request.
+    `services` are the configured ones, by the index that the probe uses. `on_finished` gets each finished LLM request,
+    `on_first_token` each streamed one when its first token was handed over, if that was seen.
     At most `limit` connections are kept; the oldest goes first.
     """
 
@@ -171,8 +172,10 @@ class Conversations:
         slis: Slis,
         on_finished: Callable[[FinishedRequest], None],
         limit: int = 65536,
+        on_first_token: Callable[[Request], None] | None = None,
     ) -> None:
         self._services = services
+        self._on_first_token = on_first_token
         self._slis = slis
         self._on_finished = on_finished
         self._limit = limit
@@ -481,7 +484,7 @@ class Conversations:
             arrived_ns = None  # sent again, and the first time was not seen
         if connection.response_decoder is None:
             connection.response_decoder = ResponseDecoder(_WANTED_RESPONSE)
-        connection.reading = Request(arrived_ns, at_ns, tgid, tid)
+        connection.reading = Request(arrived_ns, at_ns, tgid, tid, connection.peer)
         connection.requests.append(connection.reading)
         return True
 
@@ -498,7 +501,8 @@ class Conversations:
         if api is not None:
             service = self._services[connection.service].name
             extra = tuple(reader(head.headers) for reader in self._labels[connection.service])
-            request.follow(api, head.target, service, extra, next(self._numbers), self._slis)
+            number = next(self._numbers)
+            request.follow(api, head.target, service, extra, number, self._slis, self._on_first_token)
 
     # ---- bytes that the service wrote ----
 
@@ -533,6 +537,7 @@ class Conversations:
             return
         request = requests[0]
         request.last_write_ns = at_ns
+        request.writer_tid = tid
         events = decoder.feed(data)
         if len(events) == 1 and type(events[0]) is Body:
             request.take_answer(events[0].data, at_ns, connection.client_left_ns)
@@ -713,7 +718,7 @@ class Conversations:
     ) -> None:
         if request.api is None:
             return
-        finished = request.finish(connection.peer, ended_ns, aborted=aborted, cut_off=cut_off)
+        finished = request.finish(ended_ns, aborted=aborted, cut_off=cut_off)
         request.series().finished(finished)
         self._slis.capture(finished.service, finished.capture)
         self._on_finished(finished)

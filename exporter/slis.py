@@ -12,6 +12,7 @@ from enum import Enum, IntEnum, auto
 
 import numpy as np
 
+from exporter.critical_path import Cause
 from exporter.labels import OTHER, RESERVED, UNKNOWN, safe
 from exporter.quantiles import SLOT_NS, SLOTS, WindowSketch, WindowSums, quantiles_of
 from exporter.request import Capture, Failure, FinishedRequest, Phase
@@ -32,6 +33,15 @@ class Sli(Enum):
     DURATION = "duration"
     READ_DELAY = "read_delay"
 
+
+class CausePhase(Enum):
+    """The windows that causes divide. The value is the label value of `phase`."""
+
+    TTFT = "ttft"
+    DECODE = "decode"
+
+
+_CAUSES = tuple(Cause)
 
 # Those that have quantiles, too.
 QUANTILE_SLIS = (Sli.TTFT, Sli.ITL, Sli.TPOT, Sli.DURATION)
@@ -98,6 +108,11 @@ class Histogram:
         self.counts[bisect_left(self._bounds_ns, value_ns)] += 1
         self.sum_ns += value_ns
 
+    def within(self, seconds: float) -> tuple[int, int]:
+        """How many values were at most `seconds`, which is one of the bounds, and how many there were."""
+        last = bisect_left(self._bounds_ns, round(seconds * 1e9))
+        return sum(self.counts[: last + 1]), sum(self.counts)
+
     def observe_many(self, values_ns: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
         """Count an array of values."""
         self.counts = [
@@ -123,6 +138,7 @@ class Series:
         "aborts",
         "cache_hits",
         "cache_queries",
+        "causes_ns",
         "clock",
         "failures",
         "frames",
@@ -134,6 +150,7 @@ class Series:
         "requests",
         "sketches",
         "sums",
+        "ttft_causes",
         "wasted_tokens",
     )
 
@@ -161,6 +178,8 @@ class Series:
         self.sketches: dict[Sli, WindowSketch] = {}
         self.sums = WindowSums(len(_Sum))
         self.itl_ns = array("q")
+        self.ttft_causes = WindowSums(len(_CAUSES))
+        self.causes_ns = {(phase, cause): 0.0 for phase in CausePhase for cause in Cause}
 
     def first_token(self, ttft_ns: int, now_ns: int) -> None:
         """A streamed response handed over its first frame with content, `ttft_ns` after the request arrived."""
@@ -284,6 +303,14 @@ class Series:
             sketch = self.sketches[sli] = WindowSketch()
         return sketch
 
+    def explain(self, phase: CausePhase, parts_ns: Mapping[Cause, float]) -> None:
+        """Add to what the requests of this series spent in a phase, by cause."""
+        now_ns = self.clock()
+        for cause, ns in parts_ns.items():
+            self.causes_ns[phase, cause] += ns
+            if phase is CausePhase.TTFT:
+                self.ttft_causes.add(_CAUSES.index(cause), round(ns), now_ns)
+
     def cache_hit_ratio(self, now_ns: int) -> float | None:
         """Hits by queries of the prefix cache over the window; None without queries."""
         return _ratio(self.sums.totals(now_ns), _Sum.CACHE_HITS, _Sum.CACHE_QUERIES)
@@ -297,6 +324,12 @@ class Series:
         """Generated tokens per second between first and last token, of responses in more than one frame."""
         ratio = _ratio(self.sums.totals(now_ns), _Sum.DECODE_TOKENS, _Sum.DECODE_NS)
         return None if ratio is None else ratio * 1e9
+
+    def quantile(self, sli: Sli, quantile: float, now_ns: int) -> float | None:
+        """One quantile of a latency over the window, in seconds; None when it has none."""
+        sketch = self.sketches.get(sli)
+        found = None if sketch is None else sketch.quantiles((quantile,), now_ns)
+        return found[0] if found else None
 
     def quantiles(self, sli: Sli, now_ns: int) -> tuple[float, ...] | None:
         """`QUANTILES` of a latency over the window, in seconds; None when it has none."""
@@ -320,7 +353,8 @@ class Row:
     """One service, model and API over the window, for the live table. Latencies in seconds, None when there were none.
 
     `failures` and `aborts` are numbers of requests. `coverage` is the share of requests that were captured completely.
-    `tokens_per_second` counts a frame as one token until the response has told its usage.
+    `tokens_per_second` counts a frame as one token until the response has told its usage. `why` is the cause that most
+    of the time to the first token was spent on, and its share; None where no cause is known.
     """
 
     service: str
@@ -339,6 +373,7 @@ class Row:
     failures: int
     aborts: int
     coverage: float | None
+    why: tuple[str, float] | None = None
 
 
 class _Service:
@@ -387,6 +422,7 @@ class Slis:
             raise ValueError(f"label names must be unique and none of {reserved}: {', '.join(label_names)}")
         self.label_names = label_names
         self.clock = clock
+        self.explains = False  # whether anybody calls `Series.explain`
         self.in_flight: Callable[[], Iterable[InFlight]] = _nobody
         self.refused = dict.fromkeys(Sli, 0)  # observations that were negative
         self.bounds = _with_extra(extra_bounds or {})
@@ -528,7 +564,17 @@ def _row(labels: tuple[str, ...], series: Sequence[Series], in_flight: int, seco
         failures=sums[_Sum.FAILURES],
         aborts=sums[_Sum.ABORTS],
         coverage=_ratio(sums, _Sum.COMPLETE, _Sum.CAPTURED),
+        why=_largest_cause([each.ttft_causes.totals(now_ns) for each in series]),
     )
+
+
+def _largest_cause(by_series: Sequence[Sequence[int]]) -> tuple[str, float] | None:
+    sums = [sum(column) for column in zip([0] * len(_CAUSES), *by_series, strict=True)]
+    whole = sum(sums)
+    if not whole:
+        return None
+    largest = max(sums)
+    return _CAUSES[sums.index(largest)].value, largest / whole
 
 
 def _with_extra(extra: Mapping[str, Sequence[float]]) -> dict[Sli, tuple[float, ...]]:

@@ -44,6 +44,28 @@ class TargetStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class ServiceProcesses:
+    """What the processes of one service use; None is what could not be read, or not for a minute yet."""
+
+    service: str
+    open_files: int | None
+    open_files_growth: float | None
+    threads: int
+    resident_bytes: int
+    major_faults: int
+
+
+@dataclass(frozen=True, slots=True)
+class SyscallLatency:
+    """How long one system call of a service took: a `struct histogram` of the kernel."""
+
+    service: str
+    syscall: str
+    sum_ns: int
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessUsage:
     """One process of the agent. `role` is `attacher` or `reader`.
 
@@ -70,6 +92,8 @@ class AgentStatus:
     targets: tuple[TargetStatus, ...]
     reader_restarts: int
     processes: tuple[ProcessUsage, ...]
+    services: tuple[ServiceProcesses, ...] = ()
+    syscalls: tuple[SyscallLatency, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +106,16 @@ class ProbeLosses:
 
 @dataclass(frozen=True, slots=True)
 class ReaderStatus:
-    """What the reader knows of itself. `connections` are those it holds state for now."""
+    """What the reader knows of itself. `connections` are those it holds state for now.
+
+    `paths` are windows of requests whose critical path was walked, which took `path_cpu_ns` of its CPU time; None
+    where nobody walks any.
+    """
 
     connections: int
     losses: tuple[ProbeLosses, ...] = ()
+    paths: int | None = None
+    path_cpu_ns: int | None = None
 
 
 def why_not_ready(status: AgentStatus | None, now_ns: int) -> str | None:

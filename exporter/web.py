@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import html
 import re
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from exporter.metrics import Metrics
+from exporter.recordings import WINDOW_S
 from exporter.status import AgentStatus, why_not_ready
 
 # Level 1 makes 1.4 MB of metrics 75 kB in 2.5 ms; the reader's loop stands still meanwhile.
 _GZIP_LEVEL = 1
 _LEAST_TO_COMPRESS = 1024
 
+_BUSY = "a recording is being written: try again when it is there\n"
+_NO_SCHEDULER = "the scheduler probe is not up: see footlight check, and probes in the configuration\n"
+_SECONDS = re.compile(r"[0-9]{1,4}(\.[0-9]{1,3})?")
 _METHODS = ["GET"]  # Starlette adds HEAD
 
 _HEADERS = {
@@ -110,10 +115,61 @@ def _takes_gzip(headers: Headers) -> bool:
     return False
 
 
+class _OneRecording:
+    """Writes one recording at a time: each is a copy of the last minute, which is most of the reader's memory."""
+
+    def __init__(self, record: Callable[[float], Iterable[bytes]]) -> None:
+        self._record = record
+        self._busy = False
+
+    def answer(self, seconds: float) -> Response:
+        if self._busy:
+            return PlainTextResponse(_BUSY, 503, headers={"retry-after": "5"})
+        self._busy = True
+        return _Recording(self._done, _in_turns(self._record(seconds)), media_type="application/json")
+
+    def _done(self) -> None:
+        self._busy = False
+
+
+class _Recording(StreamingResponse):
+    """Calls `done` when it was sent, or nobody takes it any more."""
+
+    def __init__(self, done: Callable[[], None], content: AsyncIterator[bytes], media_type: str) -> None:
+        super().__init__(content, media_type=media_type)
+        self._done = done
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._done()
+
+
+async def _in_turns(pieces: Iterable[bytes]) -> AsyncIterator[bytes]:
+    """The pieces, with the loop's other work between them."""
+    for piece in pieces:
+        yield piece
+        await asyncio.sleep(0)
+
+
+async def rehearse() -> None:
+    """Send a streamed answer to nobody: what anyio needs for one it only loads when it is asked for."""
+
+    async def never() -> Message:
+        await asyncio.Event().wait()
+        raise AssertionError("unreachable")
+
+    async def drop(_: Message) -> None:
+        pass
+
+    await StreamingResponse(_in_turns((b"",)))({"type": "http", "method": "GET"}, never, drop)
+
+
 async def _plain_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     text = {
-        404: "not here; try /metrics, /-/ready, /-/healthy or /",
+        404: "not here; try /metrics, /api/why, /api/record, /-/ready, /-/healthy or /",
         405: "only GET and HEAD are answered here",
     }.get(error.status_code, error.detail)
     return PlainTextResponse(f"{text}\n", error.status_code, headers=error.headers)
@@ -123,10 +179,14 @@ def create_app(
     metrics: Metrics,
     status: Callable[[], AgentStatus | None],
     clock: Callable[[], int] = time.monotonic_ns,
+    why: Callable[[], Iterable[bytes]] | None = None,
+    record: Callable[[float], Iterable[bytes]] | None = None,
 ) -> Starlette:
     """The ASGI application. `status` is what the attacher reported last, `clock` CLOCK_MONOTONIC in nanoseconds.
 
-    Everything is answered on the loop that calls it, without a thread.
+    `why` gives the JSON lines of requests that were explained, `record` the recording of the last seconds, in pieces;
+    None where the probes that they need are not wanted. Everything is answered on the loop that calls it, without a
+    thread.
     """
 
     async def expose(request: Request) -> Response:
@@ -153,8 +213,25 @@ def create_app(
             )
         )
 
+    async def explained(_: Request) -> Response:
+        if why is None:
+            return PlainTextResponse(_NO_SCHEDULER, 404)
+        return StreamingResponse(_in_turns(why()), media_type="application/jsonl")
+
+    recording = None if record is None else _OneRecording(record)
+
+    async def recorded(request: Request) -> Response:
+        if recording is None:
+            return PlainTextResponse(_NO_SCHEDULER, 404)
+        text = request.query_params.get("seconds", "60")
+        if not _SECONDS.fullmatch(text) or not 0 < float(text) <= WINDOW_S:
+            return PlainTextResponse(f"seconds must be a number above 0 and at most {WINDOW_S}\n", 400)
+        return recording.answer(float(text))
+
     app = Starlette(
         routes=[
+            Route("/api/why", explained, methods=_METHODS),
+            Route("/api/record", recorded, methods=_METHODS),
             Route("/metrics", expose, methods=_METHODS),
             Route("/-/healthy", healthy, methods=_METHODS),
             Route("/-/ready", ready, methods=_METHODS),

@@ -15,6 +15,9 @@ cgroup   the process is in the cgroup or below it, whole path components, versio
 
 A process that once held the port stays with its service until it ends or executes another program: a worker
 that shuts down gracefully closes the listening socket first and still has responses to finish.
+
+What a process of a service started belongs to the service, too, unless it matches another one: an engine behind its
+API server holds no port. It stays when its parent ends. Its own ports count only where it matches by itself.
 """
 
 from __future__ import annotations
@@ -92,6 +95,7 @@ class _Process:
     first_scan: int
     fresh: bool = True  # read anew in this scan
     ports: set[int] = field(default_factory=set)  # that it listens on, or did since it was first seen
+    inherited: int | None = None  # the service of the process that started it
 
     def is_same_program(self, other: _Process) -> bool:
         return self.start == other.start and self.exe == other.exe and self.arguments == other.arguments
@@ -150,7 +154,30 @@ class Discovery:
                         key = (process.namespace, port)
                         ports[key] = min(index, ports.get(key, index))
                 break
+        self._inherit(processes)
         return Targets(processes, ports)
+
+    def _inherit(self, processes: dict[int, int]) -> None:
+        """Add what the processes of services started."""
+        if not processes:
+            return
+        for pid, process in self._known.items():
+            if process is None or pid in processes:
+                continue
+            if process.inherited is None:
+                process.inherited = self._inherited(process, processes)
+            if process.inherited is not None:
+                processes[pid] = process.inherited
+
+    def _inherited(self, process: _Process, processes: Mapping[int, int]) -> int | None:
+        for _ in range(64):  # as in _descends
+            above = self._known.get(process.parent)
+            if above is None or above.start > process.start:
+                return None  # the parent has ended since it was read, and its pid may be another's
+            if process.parent in processes:
+                return processes[process.parent]
+            process = above
+        return None
 
     def missing(self, targets: Targets) -> TargetError | None:
         """Say why there is nothing to watch, from the last scan; None where a process was found.
@@ -199,6 +226,8 @@ class Discovery:
         )
         if before is not None and now.is_same_program(before):
             now.first_scan, now.ports = before.first_scan, before.ports
+        if before is not None and now.start == before.start:
+            now.inherited = before.inherited
         now.services = tuple(index for index, rule in enumerate(self._rules) if self._holds(rule, pid, now))
         self._known[pid] = now
 

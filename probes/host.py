@@ -21,8 +21,14 @@ TRACEPOINTS: Final = ("syscalls/sys_enter_read", "syscalls/sys_exit_write", "soc
 """Without one of these nothing can be followed."""
 ARRIVAL_TRACEPOINT: Final = "tcp/tcp_probe"
 """Without it the arrival instant is the first read."""
+OTHER_OBJECTS: Final = ("scheduler.bpf.o", "tcp.bpf.o", "block.bpf.o", "memory.bpf.o", "syscalls.bpf.o")
+SCHEDULER_TRACEPOINTS: Final = ("sched_switch", "sched_waking", "sched_wakeup_new", "sched_process_exit")
+"""Without one of these nothing can be said about causes."""
+MESSAGE_TRACEPOINTS: Final = ("sk_data_ready", "sock_send_length", "sock_recv_length")
+"""Without one of these a path does not go on with who sent what a thread waited for."""
 
 _MAP_TYPE_RING_BUFFER: Final = 27
+_TRACE_RAW_TP: Final = 23
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +70,9 @@ class Libbpf(Protocol):
     def has_ring_buffer(self) -> bool:
         """Whether the kernel takes a ring-buffer map."""
 
+    def has_btf_tracepoint(self, name: str) -> bool:
+        """Whether the kernel's BTF has the tracepoint."""
+
 
 class SystemLibbpf:
     """The libbpf that this process would use. Raises OSError when there is none."""
@@ -79,6 +88,10 @@ class SystemLibbpf:
     def has_ring_buffer(self) -> bool:
         """Whether the kernel takes a ring-buffer map: makes one. False, too, without the privilege to ask."""
         return bool(self._library.libbpf_probe_bpf_map_type(_MAP_TYPE_RING_BUFFER, None) == 1)
+
+    def has_btf_tracepoint(self, name: str) -> bool:
+        """Whether the kernel's BTF has the tracepoint."""
+        return bool(self._library.libbpf_find_vmlinux_btf_id(name.encode("ascii"), _TRACE_RAW_TP) > 0)
 
 
 def examine(
@@ -100,6 +113,7 @@ def examine(
             _btf(sys),
             *_library(libbpf),
             _objects(objects),
+            *_causes(libbpf, objects),
             _tracefs(tracing, held),
             *_tracepoints(tracing),
             _memlock(),
@@ -195,6 +209,26 @@ def _objects(folder: Path) -> Check:
     if missing:
         return Check("BPF objects", False, True, f"{', '.join(missing)} not in {folder}", "make bpf")
     return Check("BPF objects", True, True, ", ".join(sorted(path.name for path in folder.glob("*.bpf.o"))))
+
+
+def _causes(load: Callable[[], Libbpf], folder: Path) -> tuple[Check, ...]:
+    """What is there to say why: the other probes, and what they need of the kernel."""
+    missing = [name for name in OTHER_OBJECTS if not (folder / name).is_file()]
+    if missing:
+        return (Check("causes", False, False, f"{', '.join(missing)} not in {folder}", "make bpf"),)
+    try:
+        library = load()
+    except OSError:
+        return ()  # said before
+    absent = [name for name in SCHEDULER_TRACEPOINTS if not library.has_btf_tracepoint(name)]
+    if absent:
+        step = "use a kernel with BTF and CONFIG_TRACEPOINTS=y: without it the agent says what, not why"
+        return (Check("causes", False, False, f"the kernel's BTF has no {', '.join(absent)}", step),)
+    absent = [name for name in MESSAGE_TRACEPOINTS if not library.has_btf_tracepoint(name)]
+    if absent:
+        step = "use Linux 6.3 or later: here a path ends at a socket whose reader did not sleep"
+        return (Check("causes", False, False, f"the kernel has no {', '.join(absent)}", step),)
+    return (Check("causes", True, False, "scheduler and socket tracepoints are there: paths go from thread to thread"),)
 
 
 def _tracefs(tracing: Path | None, held: Privileges) -> Check:

@@ -61,6 +61,7 @@ _PROTOTYPES: Final[dict[str, tuple[type | None, list[type]]]] = {
     "bpf_map__max_entries": (_u32, [_pointer]),
     "bpf_map__set_max_entries": (_int, [_pointer, _u32]),
     "bpf_map__set_autocreate": (_int, [_pointer, ctypes.c_bool]),
+    "bpf_map__reuse_fd": (_int, [_pointer, _int]),
     "bpf_map__is_internal": (ctypes.c_bool, [_pointer]),
     "bpf_map__initial_value": (_pointer, [_pointer, ctypes.POINTER(_size)]),
     "bpf_program__name": (_string, [_pointer]),
@@ -70,6 +71,9 @@ _PROTOTYPES: Final[dict[str, tuple[type | None, list[type]]]] = {
     "bpf_program__set_autoload": (_int, [_pointer, ctypes.c_bool]),
     "bpf_program__attach": (_pointer, [_pointer]),
     "bpf_link__destroy": (_int, [_pointer]),
+    "btf__free": (None, [_pointer]),
+    "btf__load_vmlinux_btf": (_pointer, []),
+    "btf__find_by_name_kind": (ctypes.c_int32, [_pointer, _string, _u32]),
     "btf__type_cnt": (_u32, [_pointer]),
     "btf__type_by_id": (_pointer, [_pointer, _u32]),
     "btf__name_by_offset": (_string, [_pointer, _u32]),
@@ -174,6 +178,28 @@ def has_tracepoint(category: str, name: str, tracefs: Path = Path("/sys/kernel/t
 def has_btf_tracepoint(name: str) -> bool:
     """Say whether the kernel's BTF has the tracepoint, so that a `tp_btf` program for it can load."""
     return int(_library().libbpf_find_vmlinux_btf_id(name.encode(), _BPF_TRACE_RAW_TP)) > 0
+
+
+def per_cpu_offsets(*variables: str) -> dict[str, int]:
+    """Where in the kernel's per-CPU section each variable lies, as the kernel's BTF says; those that it has."""
+    library = _library()
+    btf = library.btf__load_vmlinux_btf()
+    if not btf:
+        return {}
+    found: dict[str, int] = {}
+    try:
+        number = library.btf__find_by_name_kind(btf, b".data..percpu", _BTF_KIND_DATASEC)
+        if number < 0:
+            return {}
+        section = library.btf__type_by_id(btf, number)
+        count = _u32.from_address(section + 4).value & 0xFFFF
+        for variable, offset, _ in (_u32 * 3 * count).from_address(section + 12):  # struct btf_var_secinfo
+            name = library.btf__name_by_offset(btf, _u32.from_address(library.btf__type_by_id(btf, variable)).value)
+            if name.decode() in variables:
+                found[name.decode()] = offset
+    finally:
+        library.btf__free(btf)
+    return found
 
 
 def enable_run_stats() -> int:
@@ -354,6 +380,11 @@ class Map:
         that the verifier finds dead, so switch it off with a `const volatile` global as well."""
         self._owner.check_open()
         _check(f"{self}: set_autocreate", _library().bpf_map__set_autocreate(self._handle, wanted))
+
+    def reuse(self, other: Map) -> None:
+        """Be, from load() on, the same map as `other` of another object, which is loaded. Raises ProbeError."""
+        self._owner.check_open()
+        _check(f"{self}: reuse", _library().bpf_map__reuse_fd(self._handle, other.fd))
 
     @property
     def fd(self) -> int:

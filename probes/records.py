@@ -9,29 +9,23 @@ and the answer is written after that.
 from __future__ import annotations
 
 import ipaddress
-import mmap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final, Protocol, Self
 
 import numpy as np
 
-from probes import btf, transport
-from probes.requests import Transport
+from probes import transport
+from probes.channels import MARGIN_NS, open_source
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from numpy.typing import NDArray
 
-    from probes.requests import Channel, Channels
-
-MARGIN_NS: Final = 2_000_000
-"""A record is in its buffer within this time of its `seen_ns`: the kernel does both with preemption off, but interrupts
-come between. A perf source holds back what is younger than this when *it* is looked at, which is later than the moment
-that counts here, so what is due has left no source's hands."""
+    from probes.probe import Channel
 
 SLICE: Final = 2048
 """Records of one stream that are decoded at a time. A full ring at once would cost four times its size in memory."""
@@ -178,14 +172,15 @@ class Merge:
 class RequestRecords(Merge):
     """Maps the probe's streams and drains them into a handler. A context manager.
 
-    Must be made while the process may still map the rings (facts: on Linux 5.10 an unprivileged process may not).
-    `clock` is CLOCK_MONOTONIC in ns.
+    `channels` are those of the requests probe, others are left alone. Must be made while the process may still map the
+    rings (facts: on Linux 5.10 an unprivileged process may not). `clock` is CLOCK_MONOTONIC in ns.
     """
 
-    def __init__(self, channels: Channels, clock: Callable[[], int] = time.monotonic_ns) -> None:
+    def __init__(self, channels: Iterable[Channel], clock: Callable[[], int] = time.monotonic_ns) -> None:
+        by_name = {channel.name: channel for channel in channels}
         with ExitStack() as opening:
-            streams = (channels.events, channels.reads, channels.writes)
-            super().__init__([_source(channels, channel, clock, opening) for channel in streams], clock)
+            streams = [by_name[name] for name in ("events", "reads", "writes")]
+            super().__init__([open_source(channel, clock, opening) for channel in streams], clock)
             self._stack = opening.pop_all()
 
     def __enter__(self) -> Self:
@@ -195,20 +190,6 @@ class RequestRecords(Merge):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
-
-
-def _source(channels: Channels, channel: Channel, clock: Callable[[], int], stack: ExitStack) -> transport.RecordSource:
-    dtype = btf.dtype_of(channels.object_path, channel.record)
-    source: transport.RecordSource
-    if channels.transport is Transport.RING:
-        (fd,) = channel.fds
-        source = transport.RingSource(fd, channel.size, dtype)
-    else:
-        order = "seen_ns" if "seen_ns" in (dtype.names or ()) else "header.seen_ns"
-        pages = channel.size // mmap.PAGESIZE
-        source = transport.PerfSource(channel.fds, pages, dtype, order, clock=clock, margin_ns=MARGIN_NS)
-    stack.callback(source.close)
-    return source
 
 
 def _seen(batch: NDArray[np.void]) -> NDArray[np.uint64]:

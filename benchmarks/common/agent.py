@@ -22,6 +22,7 @@ import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.common.processes import START_S, cpu_ns, failed, family, pss_bytes, started
+from exporter.run_stats import ONE_IN
 
 _POLL_S: Final = 0.1
 _PROG_ID: Final = re.compile(r"^prog_id:\s*(\d+)$", re.MULTILINE)
@@ -143,18 +144,23 @@ class Agent:
         return self.err.read().decode(errors="replace")
 
     def programs(self) -> dict[str, Program]:
-        """What the kernel says of each of the agent's BPF programs, by name. Needs bpftool for the names."""
+        """What the agent's BPF programs took, by name, estimated. Needs bpftool for the names.
+
+        The agent keeps the kernel's statistics on for one second in `ONE_IN`: what they say is multiplied by that.
+        """
         mine = {
             int(match[1])
             for info in Path(f"/proc/{self.attacher}/fdinfo").iterdir()
             if (match := _PROG_ID.search(_text(info)))
         }
         shown = subprocess.run([_bpftool(), "prog", "show", "--json"], check=True, capture_output=True)
-        return {
-            program["name"]: Program(program.get("run_time_ns", 0), program.get("run_cnt", 0))
-            for program in json.loads(shown.stdout)
-            if program["id"] in mine
-        }
+        spent: dict[str, Program] = {}
+        for program in json.loads(shown.stdout):
+            if program["id"] in mine:
+                before = spent.get(program["name"], Program(0, 0))  # two probes may have one of the same name
+                run_ns, runs = program.get("run_time_ns", 0), program.get("run_cnt", 0)
+                spent[program["name"]] = Program(before.run_ns + ONE_IN * run_ns, before.runs + ONE_IN * runs)
+        return spent
 
 
 @contextlib.contextmanager

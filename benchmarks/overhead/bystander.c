@@ -7,12 +7,17 @@
  * hundreds of nanoseconds.
  */
 #include <fcntl.h>
+#include <linux/futex.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <signal.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -101,6 +106,42 @@ static void child(void)
 	must(pid > 0 && waitpid(pid, NULL, 0) == pid, "fork");
 }
 
+/* Whose turn it is: two processes on one CPU that wake each other and sleep. Nothing but the scheduler is on the way. */
+static unsigned int *turn;
+
+static void hand_over(unsigned int from, unsigned int to)
+{
+	__atomic_store_n(turn, to, __ATOMIC_RELEASE);
+	syscall(SYS_futex, turn, FUTEX_WAKE, 1, NULL, NULL, 0);
+	while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != from)
+		syscall(SYS_futex, turn, FUTEX_WAIT, to, NULL, NULL, 0);
+}
+
+static void start_partner(void)
+{
+	struct sched_param first = { .sched_priority = 1 };
+
+	turn = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	must(turn != MAP_FAILED, "mmap");
+	if (fork())
+		return;
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	/* the one that it was started with went with the fork; without root it stays an ordinary one */
+	sched_setscheduler(0, SCHED_FIFO, &first);
+	close(listen_fd);
+	for (;;) {
+		while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != 1)
+			syscall(SYS_futex, turn, FUTEX_WAIT, 0, NULL, NULL, 0);
+		hand_over(1, 0);
+	}
+}
+
+/* There and back: two sleeps, two wake-ups, two switches. */
+static void two_switches(void)
+{
+	hand_over(0, 1);
+}
+
 static const struct {
 	const char *name;
 	void (*once)(void);
@@ -108,6 +149,7 @@ static const struct {
 	{ "getppid", ask_parent },	  { "read", read_zero },
 	{ "write", write_null },	  { "tcp_round_trip", round_trip },
 	{ "tcp_connection", connection }, { "process", child },
+	{ "two_switches", two_switches },
 };
 
 static int compare(const void *left, const void *right)
@@ -149,6 +191,7 @@ int main(void)
 	must(!bind(listen_fd, (struct sockaddr *)&address, sizeof(address)), "bind");
 	must(!listen(listen_fd, 16), "listen");
 	must(!getsockname(listen_fd, (struct sockaddr *)&address, &size), "getsockname");
+	start_partner();
 	printf("http://127.0.0.1:%d\n", ntohs(address.sin_port));
 	fflush(stdout);
 	while (fgets(line, sizeof(line), stdin)) {

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from benchmarks.common.processes import end, line_of, server, started, told
 
 SOURCE: Final = Path(__file__).with_suffix(".c")
 STATES: Final = ("without", "beside", "watched")
+STATISTICS_S: Final = 1.5
+"""For the first second the agent has the kernel's statistics on, as it has for one in eight from then on."""
 _LIMIT_S: Final = 60.0
 
 
@@ -61,6 +64,7 @@ def measure(rounds: int, seed: int, transport: str) -> list[Act]:
                         if state != "without":
                             target = port if state == "watched" else other.port
                             stack.enter_context(agent("run", "--port", str(target), transport=transport))
+                            time.sleep(STATISTICS_S)
                         process.stdin.write(b"go\n")
                         ns[state] = told(process, _LIMIT_S)
                 found.append(ns)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -26,6 +27,7 @@ from benchmarks.common.agent import Agent, Program, agent
 from benchmarks.common.load import Felt, Lane, load
 from benchmarks.common.processes import cpu_ns, server
 from benchmarks.common.report import nearest_rank
+from exporter.config import Probes
 
 WARM_S: Final = 3.0
 ATTACHED_S: Final = 2.0
@@ -150,12 +152,18 @@ class Result:
         return self.changes[0]
 
 
-def measure(service: Service, pairs: int, seconds: float, seed: int, transport: str) -> Result:
-    """Run `pairs` pairs of windows of `seconds` each, in random order within the pair."""
+def measure(
+    service: Service, pairs: int, seconds: float, seed: int, transport: str, *, beside_requests: bool = False
+) -> Result:
+    """Run `pairs` pairs of windows of `seconds` each, in random order within the pair.
+
+    With `beside_requests` the windows without the agent have one that runs its requests probe alone.
+    """
     rng = Random(seed)
     both: list[tuple[Window, Window]] = []
     repeated = 0
     with (
+        tempfile.TemporaryDirectory() as folder,
         server(service.command) as served,
         load(served.port, list(service.lanes), concurrency=service.concurrency, per_connection=7, eager=True) as client,
     ):
@@ -166,10 +174,11 @@ def measure(service: Service, pairs: int, seconds: float, seed: int, transport: 
             for with_agent in rng.sample((False, True), 2):
                 if client.process.poll() is not None:
                     raise click.ClickException("the client has ended before its time")
-                if with_agent:
-                    with agent("run", "--port", str(served.port), transport=transport) as watching:
+                if with_agent or beside_requests:
+                    target = target_of(Path(folder), served.port, requests_alone=not with_agent)
+                    with agent("run", *target, transport=transport) as watching:
                         time.sleep(ATTACHED_S)
-                        found[True], tries = _quiet_window(seconds, served.pids, client.process.pid, watching)
+                        found[with_agent], tries = _quiet_window(seconds, served.pids, client.process.pid, watching)
                 else:
                     time.sleep(GONE_S)
                     found[False], tries = _quiet_window(seconds, served.pids, client.process.pid, None)
@@ -188,6 +197,16 @@ def measure(service: Service, pairs: int, seconds: float, seed: int, transport: 
         seconds=sum(window.seconds for _, window in both),
         repeated=repeated,
     )
+
+
+def target_of(folder: Path, port: int, *, requests_alone: bool) -> tuple[str, str]:
+    """The options of an agent that watches `port` with its requests probe alone, or with all that are on by default."""
+    if not requests_alone:
+        return "--port", str(port)
+    config = folder / "requests.yaml"
+    others = ", ".join(f"{name}: off" for name in Probes.__struct_fields__ if name != "requests")
+    config.write_text(f"services: [{{name: port-{port}, match: {{port: {port}}}}}]\nprobes: {{{others}}}\n")
+    return "--config", str(config)
 
 
 def _quiet_window(seconds: float, pids: Sequence[int], client: int, watching: Agent | None) -> tuple[Window, int]:

@@ -14,7 +14,7 @@ import click
 
 from probes.errors import ConfigError, FootlightError
 
-COMMANDS: Final = ("run", "top", "trace", "check", "demo")
+COMMANDS: Final = ("run", "top", "trace", "why", "record", "check", "demo")
 INTERRUPTED: Final = 130
 
 
@@ -166,6 +166,8 @@ def main() -> None:
       footlight demo                          a service, users and the live table
       footlight top --port 8000               the service on port 8000, live
       footlight trace --exe uvicorn --json    one JSON object per request
+      footlight why --port 8000               where the time of slow requests went
+      footlight record --port 8000            20 seconds of everything, for ui.perfetto.dev
       footlight run --config footlight.yaml   serve /metrics for Prometheus
 
     Data goes to stdout, logs to stderr. NO_COLOR is respected. Tab completion for bash (zsh and fish alike):

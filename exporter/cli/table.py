@@ -1,4 +1,4 @@
-"""Draws the live table: what is slow now, on one screen, in 100 columns or what there is.
+"""Draws the live table: what is slow now, on one screen, in 120 columns or what there is.
 
 Colour is kept for what is wrong. A healthy table has none but the green dot.
 """
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from exporter.slis import Row
 
 WINDOW_SECONDS: Final = 300
-PLAIN_WIDTH: Final = 100
+PLAIN_WIDTH: Final = 120
 """Columns where the output is no terminal."""
+WHY_FROM: Final = 114
+"""Columns from which on there is room for the largest cause."""
 
 TTFT_SLOW_S: Final = (0.3, 1.0)
 ITL_SLOW_S: Final = (0.1, 0.3)
@@ -306,6 +308,13 @@ def _failures(row: Row) -> Text:
     return _count(row.failures, _level(row.failures / requests, FAILING) if row.failures else "")
 
 
+def _why(row: Row) -> Text:
+    if row.why is None:
+        return Text("-", style=_QUIET)
+    cause, share = row.why
+    return Text.assemble(cause, (f" {share:.0%}", _QUIET))
+
+
 _GROUPS: Final = {"ttft": "TTFT", "itl ": "ITL"}
 _COLUMNS: Final = (
     _Column("req/s", 5, lambda row: _rate(row.requests_per_second)),
@@ -323,4 +332,5 @@ _COLUMNS: Final = (
     _Column(
         "seen", 4, lambda row: _share(row.coverage, "" if row.coverage is None else _level(1 - row.coverage, UNSEEN))
     ),
+    _Column("why (of TTFT)", 16, _why, least_screen=WHY_FROM),
 )

@@ -29,6 +29,7 @@ def trace(asked: Request, duration: float | None, count: int | None, as_json: bo
       TIME     when it ended, local time          ITL     mean time between frames with content
       TTFT     arrival to first content           STALL   the longest of these times
       TOKENS   prompt>generated                   TOTAL   arrival to end
+      WHY      what most of TTFT was spent on, see footlight why
       OUTCOME  ok, why it failed, or left_waiting and left_streaming: the client went away;
                in brackets what of it was not seen
 

@@ -19,7 +19,7 @@ from tests.e2e.processes import ROOT, Service, free_port, need, service
 from tests.e2e.servers.script import CACHED_TOKENS, PROMPT_TOKENS
 
 CLOSE_S = 0.005
-COLUMNS = "TIME SERVICE MODEL CODE TTFT ITL STALL TOKENS TOTAL OUTCOME".split()
+COLUMNS = "TIME SERVICE MODEL CODE TTFT ITL STALL TOKENS TOTAL WHY OUTCOME".split()
 
 
 def output(observer: Agent) -> str:

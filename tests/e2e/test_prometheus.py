@@ -89,7 +89,7 @@ def test_prometheus_has_every_sample_that_the_agent_serves(observer: Agent, quer
     assert value(query("up")) == 1
     metrics = observer.metrics()
     stored: dict[tuple[tuple[str, str], ...], float] = {}
-    for family in ("llm_.+", "footlight_.+"):
+    for family in ("llm_.+", "kernel_.+", "footlight_.+"):
         for each in query(f'{{__name__=~"{family}"}}'):
             labels = {key: text for key, text in each["metric"].items() if key not in {"instance", "job"}}
             stored[tuple(sorted(labels.items()))] = float(each["value"][1])

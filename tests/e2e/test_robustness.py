@@ -13,12 +13,15 @@ from typing import Final
 import psutil
 import pytest
 
+from exporter.config import Limits
+from exporter.reader import RECORDER_SHARE
 from tests.e2e.agent import Agent, agent
 from tests.e2e.client import Ask, ask, talk
 from tests.e2e.processes import Service, free_port, need, service, wait_for
 
 MIB: Final = 2**20
-GROWTH: Final = 6 * MIB
+GROWTH: Final = 6 * MIB + round(Limits().memory * RECORDER_SHARE)
+"""The window of the last minute's records fills, whoever asks what."""
 """What the reader holds of one message is bounded (1 MiB of an event, 64 KiB of a head); so is what it may grow by."""
 READ_S: Final = 2.0
 

@@ -69,6 +69,8 @@ def watched(
         observer.wait_requests(len(answers))
         # what was counted twice or too late would come now
         observer.wait_metrics("an idle service", lambda metrics: metrics.sum("llm_requests_in_flight") == 0)
+        # measured for the first time after a second
+        observer.wait_metrics("what it costs", lambda metrics: metrics.sum("footlight_probe_cpu_seconds_total") > 0)
         yield Watched(running, observer, answers, observer.metrics())
 
 

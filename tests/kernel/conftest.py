@@ -29,8 +29,9 @@ from exporter.request import Capture, FinishedRequest
 from exporter.requests import Conversations
 from exporter.slis import Slis
 from probes import host
+from probes.probe import OBJECTS, Count, Transport
 from probes.records import Handler, RequestRecords
-from probes.requests import OBJECT, REASONS, Count, RequestsProbe, Transport
+from probes.requests import RequestsProbe
 
 SERVE = Path(__file__).parent / "workloads" / "serve.py"
 PATIENCE_S = 10.0
@@ -246,12 +247,14 @@ def _require_host() -> None:
         pytest.fail("tests/kernel load BPF programs: run them as root (sudo make test)", pytrace=False)
     if platform.system() != "Linux":
         pytest.fail("tests/kernel need a Linux kernel with BTF", pytrace=False)
-    if not OBJECT.exists():
-        pytest.fail(f"{OBJECT} is not built: make bpf", pytrace=False)
-    sources = Path(__file__).parents[2] / "bpf"
-    newest = max(sources.iterdir(), key=lambda path: path.stat().st_mtime)
-    if newest.stat().st_mtime > OBJECT.stat().st_mtime:
-        pytest.fail(f"{OBJECT} is older than {newest.name}: make bpf", pytrace=False)
+    folder = Path(__file__).parents[2] / "bpf"
+    for source in folder.glob("*.bpf.c"):
+        built = OBJECTS / source.name.replace(".bpf.c", ".bpf.o")
+        if not built.exists():
+            pytest.fail(f"{built} is not built: make bpf", pytrace=False)
+        newest = max([source, *folder.glob("*.h")], key=lambda path: path.stat().st_mtime)
+        if newest.stat().st_mtime > built.stat().st_mtime:
+            pytest.fail(f"{built} is older than {newest.name}: make bpf", pytrace=False)
     if host.find_tracefs() is None:
         host.mount_tracefs()
     error = host.examine().error()
@@ -361,7 +364,11 @@ class Watch:
     def reasons(self) -> dict[Count, int]:
         """Every way to lose something that was counted since the test began."""
         now = self.probe.counts()
-        return {reason: now[reason] - self._before[reason] for reason in REASONS if now[reason] != self._before[reason]}
+        return {
+            reason: now[reason] - self._before[reason]
+            for reason in RequestsProbe.loss_counts()
+            if now[reason] != self._before[reason]
+        }
 
 
 class Recorded(Watch):

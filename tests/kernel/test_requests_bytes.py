@@ -10,8 +10,8 @@ from enum import Enum
 import pytest
 
 from probes import btf
+from probes.probe import OBJECTS, Count
 from probes.records import EventKind
-from probes.requests import OBJECT, Count
 from tests.kernel.conftest import TCP_CLOSE, Recorded, StartServer, address_of, receive, receive_all, reset
 from tests.kernel.workloads.texts import cut, texts
 
@@ -418,5 +418,5 @@ def test_a_connection_that_is_never_followed_is_counted_at_its_end(
 def test_the_enums_are_those_of_records_h(
     able_host: None, name: str, prefix: str, ours: type[Enum], end: dict[str, int]
 ) -> None:
-    in_c = {key.removeprefix(prefix): value for key, value in btf.enum_of(OBJECT, name).items()}
+    in_c = {key.removeprefix(prefix): value for key, value in btf.enum_of(OBJECTS / "requests.bpf.o", name).items()}
     assert in_c == {member.name: member.value for member in ours} | end

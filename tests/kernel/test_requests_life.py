@@ -11,7 +11,7 @@ import pytest
 
 from exporter.request import Capture, Failure, Phase
 from exporter.slis import Sli
-from probes.requests import Count
+from probes.probe import Count
 from tests.kernel.conftest import Followed, StartServer, address_of, receive, receive_all, reset
 from tests.kernel.workloads.texts import END, answer, chunk, cut, events, head, request, texts, token
 

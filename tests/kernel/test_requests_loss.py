@@ -11,7 +11,7 @@ from contextlib import ExitStack
 import pytest
 
 from exporter.request import Capture
-from probes.requests import Count, Transport
+from probes.probe import Count, Transport
 from tests.kernel.conftest import (
     STREAMS,
     Probe,

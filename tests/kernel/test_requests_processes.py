@@ -7,7 +7,7 @@ import time
 import pytest
 
 from exporter.request import Capture
-from probes.requests import Count, Transport
+from probes.probe import Count, Transport
 from tests.kernel.conftest import (
     Followed,
     Recorded,

@@ -33,7 +33,7 @@ from exporter.fronts import (
     trace_line,
     trace_object,
 )
-from exporter.request import Capture, Failure, FinishedRequest, Phase
+from exporter.request import Capture, Causes, Failure, FinishedRequest, Phase
 from exporter.slis import Row
 from exporter.status import AgentStatus, Loss, ProbeStatus, ProcessUsage, TargetStatus
 from probes.errors import ConfigError, HostError, TargetError
@@ -409,7 +409,7 @@ def test_the_table_in_100_columns() -> None:
     other = replace(
         ROW, model="understudy", in_flight=0, ttft_p99=1.4, failures=32, cache_hit_ratio=None, coverage=0.9996
     )
-    lines = [line.plain.rstrip() for line in draw(scene(other, ROW), PLAIN_WIDTH, 24)]
+    lines = [line.plain.rstrip() for line in draw(scene(other, ROW), 100, 24)]
     assert lines == [
         " footlight  what users feel, seen from the kernel          http://127.0.0.1:9466/metrics   12:00:00",
         " ● requests attached   nothing lost   agent: 70 MiB, 1.3% of a CPU",
@@ -423,6 +423,14 @@ def test_the_table_in_100_columns() -> None:
         " Last 5 minutes. TTFT: to the first token. ITL: between tokens. left: client gone. seen: captured.",
         " Yellow, red: TTFT p99 > 0.3s, 1s; ITL p99 > 0.1s, 0.3s; failed > 0, 5%; unseen > 0.5%, 5%.",
     ]
+
+
+def test_a_wide_table_says_why() -> None:
+    other = replace(ROW, model="understudy", why=("run_queue", 0.616))
+    lines = [line.plain.rstrip() for line in draw(scene(other, ROW), PLAIN_WIDTH, 24)]
+    assert lines[4].endswith("fail left seen    why (of TTFT)")
+    assert lines[6].endswith("   0    1 100%                -")
+    assert lines[7].endswith("   0    1 100%    run_queue 62%")
 
 
 def test_only_what_is_wrong_has_a_colour() -> None:
@@ -522,13 +530,21 @@ def test_trace_lines_stand_under_their_columns() -> None:
         ),
     )
     assert header == (
-        "TIME          SERVICE       MODEL                   CODE    TTFT     ITL   STALL       TOKENS   TOTAL  OUTCOME"
+        "TIME          SERVICE       MODEL                   CODE    TTFT     ITL   STALL       TOKENS   TOTAL  "
+        "WHY                         OUTCOME"
     )
     told = line[12:]
-    assert told == "  roleplay      headliner                200    38ms   3.0ms    12ms      312>103   340ms  ok"
-    assert failed[12:].split() == ["roleplay", "-", "-", "-", "-", "-", "->-", "340ms", "cut_off", "(model_unseen)"]
+    assert told == (
+        "  roleplay      headliner                200    38ms   3.0ms    12ms      312>103   340ms  "
+        "-                           ok"
+    )
+    dashes = ["-", "-", "-", "-", "-", "->-", "340ms", "-"]
+    assert failed[12:].split() == ["roleplay", *dashes, "cut_off", "(model_unseen)"]
     assert re.fullmatch(r"\d\d:\d\d:\d\d\.340", line[:12])
     assert reader.stops == 0
+    because = replace(REQUEST, causes=Causes({"on_cpu": 3 * MS, "lock": 35 * MS, "disk": 1}, {}))
+    (_, line), _ = traced(because)
+    assert line[12:] == told.replace("-" + " " * 27, "lock 92% on_cpu 8%" + " " * 10)
 
 
 def test_trace_ends_after_its_count() -> None:
@@ -578,7 +594,13 @@ def test_trace_json_has_units_and_null_for_what_was_not_measured() -> None:
         "completion_tokens": 103,
         "cached_tokens": 256,
         "wasted_tokens": 0,
+        "causes_sampled": False,
+        "causes": None,
     }
+    because = replace(REQUEST, causes=Causes({"on_cpu": 3 * MS, "lock": 35 * MS}, {"sleep": 300 * MS}))
+    told = trace_object(because, 0, ())
+    assert told["causes"] == {"ttft": {"on_cpu": 0.003, "lock": 0.035}, "decode": {"sleep": 0.3}}
+    assert told["causes_sampled"] is True
     less = replace(REQUEST, streamed=False, capture=Capture.arrival_unseen, aborted=Phase.waiting, frames=1)
     told = trace_object(less, 0, ())
     assert (told["read_delay_seconds"], told["time_to_first_token_seconds"]) == (None, None)

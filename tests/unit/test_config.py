@@ -10,20 +10,26 @@ from pathlib import Path
 import pytest
 
 from exporter.config import (
+    MAX_SLOS,
+    SLO_SLIS,
     Address,
     Config,
     HeaderLabel,
     Limits,
     Match,
     Probes,
+    RecorderConfig,
     Service,
+    Slo,
     from_options,
     load,
     parse,
     parse_address,
+    parse_duration,
     parse_percent,
     parse_size,
 )
+from exporter.slis import Sli
 from probes.errors import ConfigError
 
 FULL = """\
@@ -38,11 +44,24 @@ services:
       cgroup: /kubepods/burstable
       cmdline: "uvicorn app:main"
       pid: [23, 29]
-probes: {requests: on}
+probes: {requests: on, syscalls: on, block: off}
 limits: {models_per_service: 7, connections: 4099, memory: 1.5GiB, cpu: 0.5%}
+slos:
+  - {name: first-token, sli: ttft, below: 300ms, target: 99%}
+  - name: smooth-2
+    sli: longest_gap
+    below: 1.5 s
+    target: 99.9%
+    window: 7d
+    service: team/companion.eu-1
+    model_name: bard/7b
+  - {name: every, sli: itl, below: 50ms, target: 95%, service: "*", model_name: "*"}
+recorder: {folder: /var/lib/footlight, files: 7, size: 1GiB}
 """
 
 BASE = "services:\n  - name: a\n    match: {port: 80}\n"
+SLO_ITEM = "  - {name: a, sli: ttft, below: 300ms, target: 99%}\n"
+SLO = "slos:\n" + SLO_ITEM
 
 
 def refused(text: str) -> ConfigError:
@@ -70,8 +89,14 @@ def test_every_key_of_the_contract_is_read(tmp_path: Path) -> None:
                 Match(pid=(23, 29), cmdline=("uvicorn app:main",), cgroup=("/kubepods/burstable",)),
             ),
         ),
-        probes=Probes(requests=True),
+        probes=Probes(requests=True, syscalls=True, block=False),
         limits=Limits(models_per_service=7, connections=4099, memory=3 * 2**29, cpu=0.005),
+        slos=(
+            Slo("first-token", "ttft", 0.3, 0.99),
+            Slo("smooth-2", "longest_gap", 1.5, 0.999, 7 * 86400, "team/companion.eu-1", "bard/7b"),
+            Slo("every", "itl", 0.05, 0.95),
+        ),
+        recorder=RecorderConfig("/var/lib/footlight", 7, 2**30),
     )
     assert load(file).label_names == ("release",)
 
@@ -91,7 +116,7 @@ def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
     [
         # keys
         (BASE + "lisen: 1:2\n", 4, "unknown key 'lisen'", "did you mean 'listen'?"),
-        (BASE + "slos: []\n", 4, "unknown key 'slos'", "allowed here: listen, services, probes, limits"),
+        (BASE + "slo: []\n", 4, "unknown key 'slo'", "did you mean 'slos'? allowed here: listen, services, probes"),
         ("services:\n- name: a\n  match:\n    prot: 80\n", 4, "services[0].match: unknown key 'prot'", "'port'"),
         ("services:\n- match: {port: 80}\n", 2, "services[0]: the key 'name' is missing", "`name:`"),
         ("services:\n- name: a\n", 2, "services[0]: the key 'match' is missing", "`match:`"),
@@ -145,6 +170,29 @@ def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
         (BASE + "limits: {cpu: 0%}\n", 4, "limits.cpu: must be above 0%", "such as 2%"),
         (BASE + "limits: {cpu: .nan}\n", 4, "limits.cpu: must be above 0%", "such as 2%"),
         (BASE + "limits: {models_per_service: 0}\n", 4, "must be a whole number from 1 to 4096", "digits"),
+        # probes
+        (BASE + "probes: {sceduler: off}\n", 4, "unknown key 'sceduler'", "did you mean 'scheduler'?"),
+        (BASE + "probes: {syscalls: 1}\n", 4, "probes.syscalls: must be on or off", "`on`"),
+        # objectives
+        (BASE + SLO + "slos: []\n", 6, "the key 'slos' is given twice", "keep one"),
+        (BASE + SLO + SLO_ITEM, 6, "slos[1]: the name 'a' is given twice", "name of its own"),
+        (BASE + SLO.replace("name: a", "name: A"), 5, "'A' is not the name of an objective", "a-z 0-9 -"),
+        (BASE + SLO.replace("ttft", "ttftt"), 5, "slos[0].sli: unknown sli 'ttftt'", "did you mean 'ttft'?"),
+        (BASE + SLO.replace("ttft", "read_delay"), 5, "unknown sli 'read_delay'", "allowed here: ttft, itl, tpot"),
+        (BASE + SLO.replace("300ms", "300"), 5, "slos[0].below: must be a time", "ms"),
+        (BASE + SLO.replace("300ms", "3h"), 5, "slos[0].below: must be a time", "ms"),
+        (BASE + SLO.replace("99%", "100%"), 5, "100% leaves no room for a single slow request", "99.9%"),
+        (BASE + SLO.replace("99%", "101%"), 5, "slos[0].target: must be", "%"),
+        (BASE + SLO.replace("99%", "0.99"), 5, "slos[0].target: must be", "%"),
+        (BASE + SLO.replace("99%}", "99%, window: 59m}"), 5, "slos[0].window: must be a time", "d"),
+        (BASE + SLO.replace("99%}", "99%, service: aa}"), 5, "there is no service 'aa'", "did you mean 'a'?"),
+        (BASE + "slos:\n  - {name: a, sli: ttft, target: 99%}\n", 5, "the key 'below' is missing", "`below:`"),
+        (BASE + "slos: {name: a}\n", 4, "slos: must be a list", "- item"),
+        # recordings
+        (BASE + "recorder: {folder: var/lib}\n", 4, "'var/lib' is not an absolute path", "/var/lib/footlight"),
+        (BASE + "recorder: {files: 0}\n", 4, "recorder.files: must be a whole number from 1", "digits"),
+        (BASE + "recorder: {size: 1kB}\n", 4, "recorder.size: must be a size", "MiB"),
+        (BASE + "recorder: {folders: /x}\n", 4, "unknown key 'folders'", "did you mean 'folder'?"),
         # labels
         (BASE + "    labels: {api: {header: x, values: [a]}}\n", 4, "the label name 'api' is taken", "another"),
         (BASE + "    labels: {le: {header: x, values: [a]}}\n", 4, "the label name 'le' is taken", "another"),
@@ -316,6 +364,46 @@ def test_sizes_and_percentages() -> None:
     for text in ("", "2", "%", "-1%", "1e2%", "nan%"):
         with pytest.raises(ValueError, match="^" + text):
             parse_percent(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        *(("300ms", 0.3), ("100us", 0.0001), ("70.7 ms", 0.0707), ("1.5 s", 1.5)),
+        *(("250us", 0.00025), ("30m", 1800), ("1h", 3600), ("28d", 28 * 86400)),
+    ],
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "5", "ms", "-1s", "1 S", "1e3s", "1s 2ms", "1.s", "\u0665s"])
+def test_durations_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_duration(text)
+
+
+def test_objectives_are_bounded() -> None:
+    items = "".join(SLO_ITEM.replace("name: a", f"name: a{number}") for number in range(MAX_SLOS))
+    assert len(parse(BASE + "slos:\n" + items).slos) == MAX_SLOS
+    assert f"there are {MAX_SLOS + 1} objectives" in refused(BASE + "slos:\n" + items + SLO_ITEM).what
+
+
+def test_the_slis_of_objectives_are_histograms() -> None:
+    """The threshold of an objective is a bucket bound of its latency: both sides know the same names."""
+    assert set(SLO_SLIS) <= {sli.value for sli in Sli}
+
+
+def test_syscalls_alone_are_off_by_default() -> None:
+    wanted = parse(BASE).probes
+    assert [name for name in Probes.__struct_fields__ if not getattr(wanted, name)] == ["syscalls"]
+    some = parse(BASE + "probes: {scheduler: off, tcp: no, process: false, syscalls: yes}\n").probes
+    assert some == Probes(scheduler=False, tcp=False, process=False, syscalls=True)
+
+
+def test_recordings_are_opt_in() -> None:
+    assert parse(BASE).recorder == RecorderConfig(None, 20, 256 * 2**20)
+    assert parse(BASE + "recorder: {folder: /a}\n").recorder == RecorderConfig("/a", 20, 256 * 2**20)
 
 
 def test_the_attacher_pays_for_nothing_it_does_not_need() -> None:

@@ -246,10 +246,98 @@ def test_pid_is_a_process_and_what_it_started(proc: FakeProc) -> None:
     assert found == Targets({101: 0, 103: 0, 107: 0}, {(HOST, 8000): 0})
 
 
+# ---- what the processes of a service started ----
+
+
+def test_children_belong_to_the_service_whatever_they_are(proc: FakeProc) -> None:
+    proc.add(101, "/usr/bin/gunicorn", sockets=[11])
+    proc.add(103, "/usr/bin/vllm-engine", parent=101)
+    proc.add(107, "/usr/bin/worker", parent=103)
+    proc.add(109, "/usr/bin/other", sockets=[13])
+    proc.add(113, "/usr/bin/child", parent=109)
+    watch = discovery(proc, {HOST: {11: 8000, 13: 9000}}, Match(port=(8000,)), Match(exe=("worker",)))
+    # 107 matches a rule of its own; no port of a child is the service's.
+    assert watch.scan() == Targets({101: 0, 103: 0, 107: 1}, {(HOST, 8000): 0})
+    assert watch.scan().processes == {101: 0, 103: 0, 107: 1}
+
+
+def test_a_grandchild_is_found_whatever_the_order_of_pids(proc: FakeProc) -> None:
+    """Pids begin again at the end: a parent may have a larger one than its child."""
+    proc.add(907, "/usr/bin/gunicorn", sockets=[11], start=100)
+    proc.add(500, "/bin/sh", parent=907, start=101)
+    proc.add(103, "/usr/bin/engine", parent=500, start=102)
+    watch = discovery(proc, {HOST: {11: 8000}}, Match(port=(8000,)))
+    assert watch.scan().processes == {103: 0, 500: 0, 907: 0}
+
+
+def test_a_child_stays_when_its_parents_have_ended(proc: FakeProc) -> None:
+    proc.add(101, "/usr/bin/gunicorn", sockets=[11])
+    proc.add(103, "/bin/sh", parent=101)
+    proc.add(107, "/usr/bin/engine", parent=103)
+    tables = {HOST: {11: 8000}}
+    watch = discovery(proc, tables, Match(port=(8000,)))
+    assert watch.scan().processes == {101: 0, 103: 0, 107: 0}
+    proc.remove(103)
+    proc.add(107, "/usr/bin/engine", parent=1)
+    assert watch.scan().processes == {101: 0, 107: 0}
+    proc.remove(101)
+    # As the kernel has it: without a process that matches, those that it started go on being followed.
+    proc.add(109, "/usr/bin/gunicorn", sockets=[11])
+    for _ in range(31):
+        assert watch.scan().processes == {107: 0, 109: 0}
+    proc.remove(107)
+    assert watch.scan().processes == {109: 0}
+
+
+def test_what_a_child_that_stayed_starts_is_found_too(proc: FakeProc) -> None:
+    proc.add(101, "/usr/bin/gunicorn", sockets=[11])
+    proc.add(107, "/usr/bin/engine", parent=101)
+    watch = discovery(proc, {HOST: {11: 8000}}, Match(port=(8000,)))
+    watch.scan()
+    proc.remove(101)
+    proc.add(107, "/usr/bin/engine", parent=1)
+    proc.add(103, "/usr/bin/tool", parent=107)  # before its parent in the order of pids
+    proc.add(109, "/usr/bin/gunicorn", sockets=[11])
+    assert watch.scan().processes == {103: 0, 107: 0, 109: 0}
+
+
+def test_a_process_of_another_start_is_not_the_child_that_had_its_pid(proc: FakeProc) -> None:
+    proc.add(101, "/usr/bin/gunicorn", sockets=[11])
+    proc.add(103, "/usr/bin/engine", parent=101)
+    watch = discovery(proc, {HOST: {11: 8000}}, Match(port=(8000,)))
+    assert watch.scan().processes == {101: 0, 103: 0}
+    proc.add(103, "/usr/bin/engine", parent=1, start=2003)
+    assert watch.scan().processes == {101: 0}
+
+
+def test_who_has_the_pid_of_a_parent_that_ended_is_no_parent(proc: FakeProc) -> None:
+    """A process is read anew every 30 scans; until then its parent's pid may have become a service's."""
+    proc.add(101, "/bin/sh", start=1000)
+    proc.add(103, "/usr/bin/other", parent=101, start=1001)
+    watch = discovery(proc, {HOST: {11: 8000}}, Match(port=(8000,)))
+    for _ in range(7):
+        assert watch.scan().processes == {}
+    proc.add(101, "/usr/bin/gunicorn", sockets=[11], start=2003)
+    for _ in range(31):
+        assert watch.scan().processes == {101: 0}
+
+
+def test_the_agent_is_no_child_of_a_service(proc: FakeProc) -> None:
+    proc.add(101, "/sbin/supervisor", sockets=[11])
+    proc.add(7, "/usr/bin/footlight", parent=101)
+    proc.add(11, "/usr/bin/footlight", parent=7)
+    watch = discovery(proc, {HOST: {11: 8000}}, Match(port=(8000,)))
+    watch.ignore(11)
+    assert watch.scan().processes == {101: 0}
+    assert watch.scan().processes == {101: 0}
+
+
 def test_parents_in_a_circle_end(proc: FakeProc) -> None:
     proc.add(101, "/bin/a", parent=103)
     proc.add(103, "/bin/b", parent=101)
     assert discovery(proc, {}, Match(pid=(997,))).scan().processes == {}
+    proc.add(107, "/bin/c")
+    assert discovery(proc, {}, Match(pid=(107,))).scan().processes == {107: 0}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from probes.errors import HostError
-from probes.host import TRACEPOINTS, HostReport, examine, find_tracefs, mount_tracefs
+from probes.host import OTHER_OBJECTS, TRACEPOINTS, HostReport, examine, find_tracefs, mount_tracefs
 from probes.privileges import Privileges
 
 ROOT = Privileges(0, 0, (), ("sys_admin", "perfmon", "bpf"), ("sys_admin", "perfmon", "bpf"), False)
@@ -17,12 +17,16 @@ ROOT = Privileges(0, 0, (), ("sys_admin", "perfmon", "bpf"), ("sys_admin", "perf
 @dataclass(frozen=True)
 class FakeLibbpf:
     ring: bool = True
+    absent: frozenset[str] = frozenset()
 
     def version(self) -> str:
         return "1.1"
 
     def has_ring_buffer(self) -> bool:
         return self.ring
+
+    def has_btf_tracepoint(self, name: str) -> bool:
+        return name not in self.absent
 
 
 def no_libbpf() -> FakeLibbpf:
@@ -39,9 +43,14 @@ class FakeHost:
         (self.proc / "self/mounts").write_text("tracefs /sys/kernel/tracing tracefs rw 0 0\n")
         (self.proc / "sys/kernel/perf_event_paranoid").write_text("3\n")
         (self.sys / "kernel/btf/vmlinux").write_bytes(b"\0" * (3 << 20))
-        (self.objects / "requests.bpf.o").touch()
+        for name in ("requests.bpf.o", *OTHER_OBJECTS):
+            (self.objects / name).touch()
         self.held = ROOT
         self.libbpf: type[FakeLibbpf] | object = FakeLibbpf
+
+    def mount_no_tracefs(self) -> None:
+        """Where it is mounted, the tracepoints of the host that runs the tests are looked at."""
+        (self.proc / "self/mounts").write_text("proc /proc proc rw 0 0\n")
 
     def examine(self) -> HostReport:
         return examine(self.proc, self.sys, self.objects, self.held, self.libbpf)  # type: ignore[arg-type]  # a class or a function
@@ -119,7 +128,7 @@ def test_no_ring_buffer_is_no_obstacle(there: FakeHost) -> None:
 
 
 def test_tracefs_that_is_missing_is_mounted_by_root_only(there: FakeHost) -> None:
-    (there.proc / "self/mounts").write_text("proc /proc proc rw 0 0\n")
+    there.mount_no_tracefs()
     assert finding(there.examine(), "tracefs")[:2] == (True, True)
     there.held = replace(ROOT, capabilities=("perfmon", "bpf"))
     assert finding(there.examine(), "tracefs")[3] == "mount -t tracefs tracefs /sys/kernel/tracing"
@@ -177,3 +186,28 @@ def test_every_finding_that_is_not_right_says_what_to_do(there: FakeHost) -> Non
     wrong = [check for check in there.examine().checks if not check.ok]
     assert {"privileges", "kernel BTF", "libbpf", "BPF objects", "tracefs"} <= {check.name for check in wrong}
     assert all(check.next_step for check in wrong)
+
+
+@pytest.mark.parametrize(
+    ("absent", "detail", "step"),
+    [
+        (set(), "paths go from thread to thread", ""),
+        ({"sched_waking"}, "the kernel's BTF has no sched_waking", "what, not why"),
+        ({"sk_data_ready", "sock_recv_length"}, "the kernel has no sk_data_ready, sock_recv_length", "Linux 6.3"),
+    ],
+)
+def test_what_causes_need(there: FakeHost, absent: set[str], detail: str, step: str) -> None:
+    there.libbpf = lambda: FakeLibbpf(absent=frozenset(absent))
+    ok, required, said, next_step = finding(there.examine(), "causes")
+    assert (ok, required) == (not absent, False)
+    assert detail in said
+    assert step in next_step
+    there.mount_no_tracefs()
+    assert there.examine().able
+
+
+def test_a_probe_that_is_not_built_is_no_obstacle(there: FakeHost) -> None:
+    (there.objects / "scheduler.bpf.o").unlink()
+    assert finding(there.examine(), "causes")[3] == "make bpf"
+    there.mount_no_tracefs()
+    assert there.examine().able

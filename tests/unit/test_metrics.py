@@ -1,6 +1,7 @@
 """The text of /metrics: golden, by two parsers, by promtool, and byte for byte against the library's own encoders."""
 
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -13,11 +14,14 @@ import prometheus_client.openmetrics.parser
 import prometheus_client.parser
 import pytest
 
-from exporter.metrics import Format, Kind, Metrics, choose_format
+from exporter.critical_path import Cause
+from exporter.families import Kind
+from exporter.kernel_metrics import BUCKETS, OFF_CPU_REASONS, OPERATIONS
+from exporter.metrics import Format, Metrics, choose_format
 from exporter.metrics_doc import PAGE, page
 from exporter.quantiles import SLOT_NS
 from exporter.request import Capture, Failure, FinishedRequest, Phase
-from exporter.slis import Slis
+from exporter.slis import CausePhase, Slis
 from exporter.status import (
     AgentStatus,
     Loss,
@@ -25,9 +29,13 @@ from exporter.status import (
     ProbeStatus,
     ProcessUsage,
     ReaderStatus,
+    ServiceProcesses,
+    SyscallLatency,
     TargetStatus,
     why_not_ready,
 )
+from probes import btf
+from probes.probe import OBJECTS
 
 GOLDEN = Path(__file__).parent.parent / "fixtures" / "metrics"
 MS = 1_000_000
@@ -45,8 +53,15 @@ STATUS = AgentStatus(
         ProcessUsage("attacher", 11, 1.25, 23_000_000, 13_000_000),
         ProcessUsage("reader", 13, 7.5, 61_000_000, None),
     ),
+    services=(ServiceProcesses("roleplay", 101, 0.25, 7, 211_000_000, 3),),
+    syscalls=(SyscallLatency("roleplay", "futex", 1_009_000, (2, 3, *[0] * 25, 1)),),
 )
-READER = ReaderStatus(connections=17, losses=(ProbeLosses("requests", (Loss("reads_ring_full", 2), Loss("gap", 0))),))
+READER = ReaderStatus(
+    connections=17,
+    losses=(ProbeLosses("requests", (Loss("reads_ring_full", 2), Loss("gap", 0))),),
+    paths=1_013,
+    path_cpu_ns=407_000_000,
+)
 
 # Every metric of the semantics page that this version has, by the name it has there.
 FAMILIES = """
@@ -56,8 +71,15 @@ llm_request_longest_gap_seconds llm_request_duration_seconds llm_request_read_de
 llm_generation_tokens_total llm_frames_total llm_wasted_generation_tokens_total llm_prefix_cache_queries_total
 llm_prefix_cache_hits_total llm_kv_cache_hit_ratio llm_prefill_tokens_per_second llm_decode_tokens_per_second
 llm_latency_quantile_seconds footlight_capture_total footlight_capture_ratio footlight_lost_events_total
-footlight_probe_up footlight_probe_events_total footlight_probe_cpu_seconds_total
+footlight_probe_up footlight_probe_events_total footlight_probe_cpu_seconds_total llm_latency_cause_seconds_total
+kernel_run_queue_wait_seconds kernel_on_cpu_seconds_total kernel_off_cpu_seconds_total kernel_cpu_quota_seconds_total
+kernel_cpu_migrations_total kernel_context_switches_total kernel_tcp_connect_seconds kernel_tcp_round_trip_seconds
+kernel_tcp_receive_queue_seconds kernel_tcp_send_stall_seconds kernel_tcp_retransmits_total kernel_tcp_resets_total
+kernel_block_io_seconds kernel_block_io_bytes_total kernel_direct_reclaim_seconds kernel_oom_kills_total
+kernel_syscall_seconds kernel_open_files kernel_open_files_growth_per_second kernel_threads
+kernel_resident_memory_bytes kernel_major_page_faults_total
 """.split()
+STATS = {name: f"{name}_stats" for name in ("scheduler", "tcp", "block", "memory")}
 
 
 def finished(model: str, release: str, **more: object) -> FinishedRequest:
@@ -71,6 +93,17 @@ def finished(model: str, release: str, **more: object) -> FinishedRequest:
         "tid": 7,
     }  # fmt: skip
     return FinishedRequest(**{**base, **more})  # type: ignore[arg-type]  # each of them is of its field's type
+
+
+def counters() -> dict[str, np.ndarray[tuple[int], np.dtype[np.void]]]:
+    """What the probes counted for `roleplay`, 1, 2, 3, ... in the order of the structures; nothing for `idle`."""
+    made = {}
+    for probe, record in STATS.items():
+        dtype = btf.dtype_of(OBJECTS / f"{probe}.bpf.o", record)
+        words = np.zeros((2, dtype.itemsize // 8), np.uint64)
+        words[0] = np.arange(1, dtype.itemsize // 8 + 1)
+        made[probe] = words.view(dtype)[:, 0]
+    return made
 
 
 def scene(timer: Callable[[], float]) -> Metrics:
@@ -92,13 +125,17 @@ def scene(timer: Callable[[], float]) -> Metrics:
                 series.frame()
                 if number:
                     series.gap(10 * MS)
+        series.explain(CausePhase.TTFT, {Cause.lock: 13e6, Cause.on_cpu: 40e6})
         series.finished(request)
         slis.capture("roleplay", request.capture)
     slis.in_flight = lambda: [
         ("roleplay", "bard", "chat_completions", ("stable",)),
         ("roleplay", None, "completions", ("canary",)),
     ]
-    return Metrics(slis, lambda: STATUS, lambda: READER, version="0.0.0-test", timer=timer)
+    slis.explains = True
+    return Metrics(
+        slis, lambda: STATUS, lambda: READER, counters, ["roleplay", "idle"], version="0.0.0-test", timer=timer
+    )
 
 
 @pytest.fixture
@@ -155,6 +192,40 @@ def test_promtool_finds_nothing_to_say(metrics: Metrics, empty: bool) -> None:
     text, _ = (Metrics(Slis(), version="1") if empty else metrics).render()
     done = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_the_kernels_enums_and_buckets_are_those_of_the_headers() -> None:
+    folder = Path(__file__).parents[2] / "bpf"
+    records = (folder / "records.h").read_text()
+
+    def members(name: str) -> list[str]:
+        body = re.search(rf"enum {name} {{(.*?)}};", records, re.DOTALL)
+        assert body is not None
+        return [word.lower() for word in re.findall(r"^\t([A-Z_]+),", body[1], re.MULTILINE)]
+
+    assert members("wait_reason") == ["wait_cpu", *(f"wait_{name}" for name in OFF_CPU_REASONS[1:]), "wait_max"]
+    assert members("block_operation") == [*(f"block_{name}" for name in OPERATIONS), "block_max"]
+    assert f"#define HISTOGRAM_BUCKETS {BUCKETS}\n" in (folder / "service_stats.bpf.h").read_text()
+
+
+def test_causes_are_absent_where_nobody_looks_for_them(metrics: Metrics) -> None:
+    assert value(metrics, "llm_latency_cause_seconds_total", phase="ttft", cause="lock", **BARD) == 0.026
+    assert value(metrics, "llm_latency_cause_seconds_total", phase="decode", cause="gpu", **BARD) == 0
+    silent = Metrics(Slis(clock=lambda: START_NS))
+    assert b"llm_latency_cause_seconds_total{" not in silent.render()[0]
+
+
+def test_kernel_counters_are_those_of_their_service(metrics: Metrics) -> None:
+    # words of struct scheduler_stats: the histogram's sum is 1 ns, its buckets count 2 to 29, then the rest
+    labels = {"service_name": "roleplay"}
+    assert value(metrics, "kernel_run_queue_wait_seconds_sum", **labels) == 1e-9
+    assert value(metrics, "kernel_run_queue_wait_seconds_bucket", le="1e-06", **labels) == 2
+    assert value(metrics, "kernel_run_queue_wait_seconds_bucket", le="2e-06", **labels) == 2 + 3
+    assert value(metrics, "kernel_run_queue_wait_seconds_count", **labels) == sum(range(2, 30))
+    assert value(metrics, "kernel_on_cpu_seconds_total", **labels) == 30e-9
+    assert value(metrics, "kernel_off_cpu_seconds_total", reason="futex", **labels) == 32e-9
+    assert value(metrics, "kernel_on_cpu_seconds_total", service_name="idle") == 0
+    assert value(metrics, "kernel_syscall_seconds_count", syscall="futex", **labels) == 6
 
 
 def test_every_family_of_the_semantics_page_is_there(metrics: Metrics) -> None:

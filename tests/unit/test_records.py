@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from probes.records import MARGIN_NS, SLICE, EventKind, Merge
+from probes.channels import MARGIN_NS
+from probes.records import SLICE, EventKind, Merge
 
 NOW_NS = 10**15
 

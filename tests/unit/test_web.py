@@ -1,7 +1,8 @@
 """The HTTP side: paths, negotiation, compression, readiness, and query strings that strangers send."""
 
 import asyncio
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import httpx
@@ -161,3 +162,121 @@ def test_every_answer_carries_the_safe_headers(get: Get, path: str) -> None:
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["content-security-policy"].startswith("default-src 'none'")
     assert headers["cache-control"] == "no-store"
+
+
+# ---- what is explained and recorded ----
+
+
+class Sources:
+    """What requests are explained by, and recordings; `asked` are the seconds of each recording."""
+
+    def __init__(self, recording: Callable[[], Iterator[bytes]] = lambda: iter((b'{"a":', b"1}"))) -> None:
+        self.asked: list[float] = []
+        self._recording = recording
+        self.app = create_app(Metrics(Slis(), lambda: UP), lambda: UP, lambda: NOW_NS, self.why, self.record)
+
+    def why(self) -> Iterator[bytes]:
+        yield b'{"n":1}\n'
+        yield b'{"n":2}\n'
+
+    def record(self, seconds: float) -> Iterator[bytes]:
+        self.asked.append(seconds)
+        return self._recording()
+
+    def http(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://agent")
+
+    def get(self, path: str) -> httpx.Response:
+        async def ask() -> httpx.Response:
+            async with self.http() as http:
+                return await http.get(path)
+
+        return asyncio.run(ask())
+
+
+def test_explained_requests_are_json_lines() -> None:
+    answer = Sources().get("/api/why")
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "application/jsonl")
+    assert [json.loads(line) for line in answer.text.splitlines()] == [{"n": 1}, {"n": 2}]
+    assert answer.headers["cache-control"] == "no-store"
+
+
+@pytest.mark.parametrize(
+    ("query", "seconds"), [("", 60), ("?seconds=7", 7), ("?seconds=0.5", 0.5), ("?seconds=60", 60)]
+)
+def test_a_recording_is_json_of_the_last_seconds(query: str, seconds: float) -> None:
+    sources = Sources()
+    answer = sources.get(f"/api/record{query}")
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
+    assert answer.json() == {"a": 1}
+    assert sources.asked == [seconds]
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "60.001", "61", "-1", "1e1", "nan", "inf", "", "1_0", "\u0661", "0x1", " 1", "9" * 5000]
+)
+def test_other_times_are_refused(text: str) -> None:
+    sources = Sources()
+    answer = sources.get(f"/api/record?seconds={text}")
+    assert answer.status_code == 400
+    assert "at most 60" in answer.text
+    assert sources.asked == []
+
+
+@pytest.mark.parametrize("path", ["/api/why", "/api/record", "/api/record?seconds=5"])
+def test_without_the_scheduler_probe_there_is_nothing_and_it_says_why(get: Get, path: str) -> None:
+    answer = get(path)
+    assert answer.status_code == 404
+    assert "scheduler probe" in answer.text
+
+
+def test_one_recording_at_a_time() -> None:
+    """Each is a copy of the last minute: twenty at once would be more than the agent may use."""
+    sources = Sources()
+
+    async def ask() -> list[httpx.Response]:
+        async with sources.http() as http:
+            return list(await asyncio.gather(*(http.get("/api/record") for _ in range(20))))
+
+    answers = asyncio.run(ask())
+    codes = [answer.status_code for answer in answers]
+    assert sorted(codes) == [200] + [503] * 19
+    assert len(sources.asked) == 1
+    assert all(answer.headers["retry-after"] for answer in answers if answer.status_code == 503)
+    assert sources.get("/api/record").status_code == 200
+
+
+def test_after_a_recording_that_broke_the_next_one_is_made() -> None:
+    def breaks() -> Iterator[bytes]:
+        yield b"{"
+        raise OSError("broken")
+
+    sources = Sources(breaks)
+    for count in (1, 2):
+        with pytest.raises(OSError, match="broken"):
+            sources.get("/api/record")
+        assert len(sources.asked) == count
+
+
+def test_the_loop_has_its_turn_between_the_pieces() -> None:
+    turns = 0
+    pieces = 23
+
+    async def ask() -> None:
+        nonlocal turns
+        done = asyncio.Event()
+
+        async def count() -> None:
+            nonlocal turns
+            while not done.is_set():
+                turns += 1
+                await asyncio.sleep(0)
+
+        counting = asyncio.create_task(count())
+        async with Sources(lambda: iter([b" "] * pieces)).http() as http:
+            assert (await http.get("/api/record")).text == " " * pieces
+        done.set()
+        await counting
+
+    asyncio.run(ask())
+    assert turns >= pieces

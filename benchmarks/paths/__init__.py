@@ -1,0 +1,1 @@
+"""What critical paths cost."""

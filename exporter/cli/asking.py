@@ -1,0 +1,103 @@
+"""`--url` and `--read`: a command shows what a running agent or a file has, or measures by itself."""
+
+from __future__ import annotations
+
+import functools
+import http.client
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from click.core import ParameterSource
+
+from exporter.cli import usage_error
+from exporter.cli.options import agent_options
+from probes.errors import FootlightError
+
+TIMEOUT_S: Final = 30.0
+"""Without a byte from the agent for so long, it is not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Url:
+    """A running agent's address, such as `http://127.0.0.1:9466`."""
+
+    base: str
+
+    def open(self, path: str, **query: str) -> AbstractContextManager[http.client.HTTPResponse]:
+        """GET a page. Raises FootlightError where there is no agent, or where it does not have that page."""
+        target = f"{self.base.rstrip('/')}{path}{'?' if query else ''}{urllib.parse.urlencode(query)}"
+        # an agent is on this host or in this network: what proxies the environment names are not asked
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            response: http.client.HTTPResponse = opener.open(target, timeout=TIMEOUT_S)
+        except urllib.error.HTTPError as error:
+            with error:
+                said = error.read(500).decode("utf-8", "replace").strip()
+            raise FootlightError(
+                f"{target} answered {error.code}: {said}", "an agent of this version: footlight run"
+            ) from error
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            raise FootlightError(
+                f"no agent answers at {self.base}: {reason}", "footlight run --port PORT, or its --listen address"
+            ) from error
+        return response
+
+
+def agent_or_url(*, level: int, reads: bool = False) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Decorate a command as `agent_options` does; with `--url` it is called with a `Url` in place of a `Request`.
+
+    With `reads` it has `--read FILE`, too, and is then called with a `Path`; `-` stands for stdin.
+    """
+
+    def decorate(command: Callable[..., int]) -> Callable[..., int]:
+        live = agent_options(serves=False, level=level)(command)
+        shared: list[click.Parameter] = getattr(live, "__click_params__")  # noqa: B009 - click's own, untyped
+        names = [str(parameter.name) for parameter in shared]
+
+        @functools.wraps(live)
+        def wrapped(url: str | None, read: Path | None = None, **options: Any) -> int:  # noqa: ANN401 - its own options
+            if url is None and read is None:
+                return live(**options)
+            used = "url" if read is None else "read"
+            if url is not None and read is not None:
+                raise usage_error("--url and --read cannot be given together", "keep one of the two")
+            context = click.get_current_context()
+            for name in names:
+                if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+                    raise usage_error(
+                        f"--{used} and --{name.replace('_', '-')} cannot be given together",
+                        f"--{used} alone: what is there has its targets",
+                    )
+            own = {name: value for name, value in options.items() if name not in names}
+            return command(read if url is None else Url(_checked(url)), **own)
+
+        if reads:
+            wrapped = click.option(
+                "--read",
+                type=click.Path(path_type=Path, exists=True, dir_okay=False, allow_dash=True),
+                metavar="FILE",
+                help="Show what --json printed before; - is stdin. Needs no root.",
+            )(wrapped)
+        return click.option(
+            "--url",
+            metavar="URL",
+            help="Ask the agent that runs there (`footlight run`), such as http://127.0.0.1:9466. Needs no root.",
+        )(wrapped)
+
+    return decorate
+
+
+def _checked(url: str) -> str:
+    given = url if "://" in url else f"http://{url}"
+    parts = urllib.parse.urlsplit(given)
+    if parts.scheme not in {"http", "https"} or not parts.netloc or parts.query or parts.fragment:
+        raise usage_error(f"{url!r} is no address of an agent", "--url http://127.0.0.1:9466")
+    return given

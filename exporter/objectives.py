@@ -1,0 +1,95 @@
+"""Whether the objectives of the config hold now: what of the last minutes was within its threshold.
+
+A threshold is a bucket bound of its histogram (`bounds`), so what was good is counted and not estimated.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from exporter.slis import Sli
+
+if TYPE_CHECKING:
+    from exporter.config import Slo
+    from exporter.slis import Series, Slis
+
+EVERY_NS: Final = 10_000_000_000
+SNAPSHOTS: Final = 31
+"""Kept for each series and objective: five minutes."""
+FEWEST: Final = 20
+"""Of fewer observations nothing is said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """An objective that did hold and does not any more, in one series; `labels` are the series'. Both are fractions."""
+
+    slo: Slo
+    labels: tuple[str, ...]
+    good: float
+
+
+def bounds(slos: Iterable[Slo]) -> Mapping[str, Sequence[float]]:
+    """The bucket bounds that the thresholds need, by SLI, as `Slis` takes them."""
+    wanted: dict[str, list[float]] = {}
+    for slo in slos:
+        wanted.setdefault(slo.sli, []).append(slo.below_s)
+    return wanted
+
+
+class Objectives:
+    """Watches the series of `slis`."""
+
+    def __init__(self, slos: Sequence[Slo], slis: Slis) -> None:
+        self._slos = slos
+        self._slis = slis
+        self._history: dict[tuple[str, Series], deque[tuple[int, int]]] = {}
+        self._missed: set[tuple[str, Series]] = set()
+        self._next_ns = 0
+
+    def threshold(self, series: Series, sli: Sli) -> float | None:
+        """The strictest threshold of a latency in this series, in seconds; None without an objective."""
+        found = [slo.below_s for slo in self._slos if slo.sli == sli.value and _concerns(slo, series)]
+        return min(found, default=None)
+
+    def crossed(self, now_ns: int) -> list[Crossing]:
+        """Objectives that ceased to hold since the last call. Looks every ten seconds, whenever it is called."""
+        if not self._slos or now_ns < self._next_ns:
+            return []
+        self._next_ns = now_ns + EVERY_NS
+        self._slis.flush(now_ns)
+        crossings = []
+        for slo in self._slos:
+            for series in self._slis.all_series():
+                if _concerns(slo, series):
+                    crossings += self._look(slo, series)
+        return crossings
+
+    def _look(self, slo: Slo, series: Series) -> list[Crossing]:
+        key = (slo.name, series)
+        history = self._history.setdefault(key, deque([(0, 0)], SNAPSHOTS))
+        now = _counted(slo, series)
+        good, total = now[0] - history[0][0], now[1] - history[0][1]
+        history.append(now)
+        if total < FEWEST:
+            return []
+        if good / total >= slo.target:
+            self._missed.discard(key)
+            return []
+        if key in self._missed:
+            return []
+        self._missed.add(key)
+        return [Crossing(slo, series.labels, good / total)]
+
+
+def _concerns(slo: Slo, series: Series) -> bool:
+    service, model = series.labels[:2]
+    return slo.service in (None, service) and slo.model_name in (None, model)
+
+
+def _counted(slo: Slo, series: Series) -> tuple[int, int]:
+    """Observations within the threshold, and all."""
+    return series.histograms[Sli(slo.sli)].within(slo.below_s)

@@ -1,0 +1,35 @@
+"""The scheduler probe as the attacher sees it: what threads of a service did while no token came."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from probes import libbpf
+from probes.probe import Count, Probe, Stream
+
+
+class SchedulerProbe(Probe):
+    """The loaded and attached probe."""
+
+    name: ClassVar[str] = "scheduler"
+    streams: ClassVar[tuple[Stream, ...]] = (
+        Stream("intervals", "thread_interval", "on_ns", 1 / 56, Count.SEEN_INTERVALS, Count.LOST_INTERVALS_RING_FULL),
+        Stream("messages", "message", "at_ns", 1 / 112, Count.SEEN_MESSAGES, Count.LOST_MESSAGES_RING_FULL),
+        Stream("names", "thread_name", "at_ns", 1 / 480, Count.SEEN_NAMES, Count.LOST_NAMES_RING_FULL),
+    )
+    reasons: ClassVar[tuple[Count, ...]] = (Count.THREADS_FULL, Count.CLOCK_BACKWARDS)
+    stats: ClassVar[str | None] = "scheduler_stats"
+    # Linux 6.3 and later
+    optional: ClassVar[Mapping[str, str]] = {
+        "data_ready": "sk_data_ready",
+        "sent": "sock_send_length",
+        "received": "sock_recv_length",
+    }
+
+    def _set_up(self) -> None:
+        """Tell the program where the kernel says whether it is in an interrupt; without it no waker is named."""
+        offsets = libbpf.per_cpu_offsets("runqueues", "__preempt_count", "pcpu_hot")
+        counter = offsets.get("__preempt_count", offsets.get("pcpu_hot"))
+        if counter is not None and "runqueues" in offsets:
+            self._object.set_global("preempt_count_distance", counter - offsets["runqueues"])
