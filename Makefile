@@ -23,11 +23,11 @@ C_FILES = $(shell find bpf tests benchmarks '(' -name '*.c' -o -name '*.h' ')' -
 
 # Debian packages, each with the command or file that shows that it is there.
 BUILD_NEEDS := clang:clang llvm:llvm-strip libbpf-dev:/usr/include/bpf/bpf_helpers.h libbpf1:/usr/lib/$(ARCH)-linux-gnu/libbpf.so.1 \
-	python3-venv:/var/lib/dpkg/info/python3-venv.list
+	python3-venv:/var/lib/dpkg/info/python3-venv.list libc6-dev:/usr/include/stdio.h systemtap-sdt-dev:/usr/include/$(ARCH)-linux-gnu/sys/sdt.h
 CHECK_NEEDS := $(BUILD_NEEDS) clang-format:clang-format
 TEST_NEEDS := $(BUILD_NEEDS) prometheus:promtool nodejs:node npm:npm bpftrace:bpftrace libbpf-tools:/usr/sbin/runqlat \
 	chromium:chromium
-BENCH_NEEDS := $(BUILD_NEEDS) gcc:gcc libc6-dev:/usr/include/stdio.h bpftool:/usr/sbin/bpftool \
+BENCH_NEEDS := $(BUILD_NEEDS) gcc:gcc bpftool:/usr/sbin/bpftool \
 	python3-bpfcc:/usr/lib/python3/dist-packages/bcc/__init__.py linux-headers-$(DEB_ARCH):/var/lib/dpkg/info/linux-headers-$(DEB_ARCH).list \
 	iproute2:/usr/sbin/tc e2fsprogs:/usr/sbin/mkfs.ext4 mount:/usr/sbin/losetup util-linux:taskset
 

@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import time
-from collections import Counter, deque
+from collections import deque
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from probes.errors import FootlightError
 from probes.memory import MemoryProbe
 from probes.probe import Probe, pick_transport
 from probes.processes import Processes, service_cgroups
+from probes.procfs import ProcFs
 from probes.requests import RequestsProbe
 from probes.scheduler import SchedulerProbe
 from probes.syscalls import SyscallsProbe, syscall_name
@@ -55,6 +56,10 @@ CRASH_WINDOW_S: Final = 60.0
 _OTHER_PROBES: Final[tuple[type[Probe], ...]] = (SchedulerProbe, TcpProbe, BlockProbe, MemoryProbe, SyscallsProbe)
 _SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGCHLD})
 _USAGE_EVERY: Final = 5
+_TGIDS: Final = 4096
+"""Processes that a report names, of all services: a packet on a socket has an end."""
+_OWN_PORTS: Final = 16
+"""Ports of a service that a report names."""
 
 
 def run(config: Config, front: Front, *, transport: str = "auto", wait_for_targets: bool = True) -> int:
@@ -162,6 +167,7 @@ class _Attacher:
         self._held: tuple[ServiceProcesses, ...] = ()
         self._rounds = 0
         self._warnings: set[str] = set()
+        self._namespace = ProcFs().network_namespace(os.getpid())
 
     def run(self) -> int:
         """Supervise until the end; returns the exit status."""
@@ -224,8 +230,12 @@ class _Attacher:
             self._watch_memory()
             self._look_at_services(targets)
         self._rounds += 1
-        followed = Counter(targets.values())
-        ports = Counter(self._targets.ports.values())
+        followed: list[list[int]] = [[] for _ in self._config.services]
+        for tgid, index in targets.items():
+            followed[index].append(tgid)
+        ports: list[list[tuple[int, int]]] = [[] for _ in self._config.services]
+        for place, index in self._targets.ports.items():
+            ports[index].append(place)
         return AgentStatus(
             at_ns=time.monotonic_ns(),
             transport=self._probes.transport.value,
@@ -237,7 +247,13 @@ class _Attacher:
                 ]
             ),
             targets=tuple(
-                TargetStatus(service.name, followed[index], ports[index])
+                TargetStatus(
+                    service.name,
+                    len(followed[index]),
+                    len(ports[index]),
+                    tuple(sorted(followed[index])[: _TGIDS // len(followed)]),
+                    tuple(sorted(port for place, port in ports[index] if place == self._namespace)[:_OWN_PORTS]),
+                )
                 for index, service in enumerate(self._config.services)
             ),
             reader_restarts=self._restarts,

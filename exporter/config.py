@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -36,6 +37,8 @@ MAX_SERVICES: Final = 64
 MAX_LABELS: Final = 4
 MAX_LABEL_VALUES: Final = 32
 MAX_SLOS: Final = 64
+MAX_PROBE_POINTS: Final = 8
+MAX_GPU_DEVICES: Final = 16
 MAX_TEXT: Final = 4096
 MAX_PID: Final = 1 << 22
 
@@ -61,6 +64,13 @@ _SLO_NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,62}")
 _SLO_KEYS: Final = ("name", "sli", "below", "target", "window", "service", "model_name")
 SLO_SLIS: Final = ("ttft", "itl", "tpot", "longest_gap", "duration")
 """Latencies that an objective may be about, by the value of their `Sli`."""
+_SYMBOL: Final = re.compile(r"[A-Za-z_.$][A-Za-z0-9_.$@]{0,255}")
+_USDT: Final = re.compile(r"[A-Za-z0-9_]{1,64}:[A-Za-z0-9_]{1,64}")
+_MAX_ARGUMENT: Final = 6
+"""A function's arguments beyond the sixth are not in registers; USDT probes count the same way."""
+AUTO: Final = "auto"
+OFF: Final = "off"
+ON: Final = "on"
 _ON: Final = frozenset({"on", "true", "yes"})
 _OFF: Final = frozenset({"off", "false", "no"})
 
@@ -113,15 +123,23 @@ class HeaderLabel(msgspec.Struct, frozen=True):
 
 
 class Service(msgspec.Struct, frozen=True):
-    """A service to watch: its name in the `service_name` label, its processes, its extra labels."""
+    """A service to watch: its name in the `service_name` label, its processes, its extra labels.
+
+    `engine_metrics` says where the engine's own metrics are: a URL, `auto` (at /metrics of the ports on which a request
+    to a model was seen) or `off`.
+    """
 
     name: str
     match: Match
     labels: dict[str, HeaderLabel] = {}
+    engine_metrics: str = AUTO
 
 
 class Probes(msgspec.Struct, frozen=True):
-    """Which probes are wanted. `syscalls` costs every system call of the host, so it is off."""
+    """Which probes are wanted. `syscalls` costs every system call of the host, `cuda` every CUDA call: they are off.
+
+    `gpu` is `on`, `off` or `auto`: where there is an NVIDIA driver.
+    """
 
     requests: bool = True
     scheduler: bool = True
@@ -130,6 +148,38 @@ class Probes(msgspec.Struct, frozen=True):
     memory: bool = True
     process: bool = True
     syscalls: bool = False
+    gpu: str = AUTO
+    cuda: bool = False
+
+
+class GpuConfig(msgspec.Struct, frozen=True):
+    """How GPUs are asked: `library` is the path of libnvidia-ml.so.1, where it is not in one of the usual folders.
+
+    `devices` are the paths of the GPUs' device files, with wildcards; a wait in them is one for the GPU.
+    """
+
+    library: str | None = None
+    period_s: float = 1.0
+    devices: tuple[str, ...] = ("/dev/nvidia*", "/dev/nvidia-caps/*", "/dev/dri/*", "/dev/kfd")
+
+
+class ProbePoint(msgspec.Struct, frozen=True):
+    """A place in an engine's code that tells of a look-up in its KV cache.
+
+    `library` is a library or executable as the process sees it: a file name, or an absolute path. Exactly one of
+    `symbol` (a function, seen at its entry) and `usdt` (`provider:name`) is given. The others are numbers of arguments,
+    from 1: the model's name (a pointer to text that ends with a zero byte), tokens found and tokens looked up. None for
+    `model` leaves the model unnamed; None for `service` means every one.
+    """
+
+    name: str
+    library: str
+    symbol: str | None
+    usdt: str | None
+    model: int | None
+    hit_tokens: int
+    looked_up_tokens: int
+    service: str | None = None
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -174,6 +224,8 @@ class Config(msgspec.Struct, frozen=True):
     limits: Limits = Limits()
     slos: tuple[Slo, ...] = ()
     recorder: RecorderConfig = RecorderConfig()
+    gpu: GpuConfig = GpuConfig()
+    probe_points: tuple[ProbePoint, ...] = ()
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -455,6 +507,13 @@ class _Value:
             self.fail("must be 1 to 4096 characters without control characters", "correct the text")
         return value
 
+    def absolute(self, such_as: str) -> str:
+        """An absolute path."""
+        path = self.text()
+        if not path.startswith("/"):
+            self.fail(f"{_shown(path)} is not an absolute path", f"write one, such as {such_as}")
+        return path
+
     def whole(self, low: int, high: int) -> int:
         """A whole number within bounds, in plain decimal digits."""
         value = self.node.value if self.node.id == "scalar" and not self.node.style else ""
@@ -546,15 +605,18 @@ def _did_you_mean(word: str, allowed: Sequence[str]) -> str:
 
 
 def _config(root: _Value) -> Config:
-    keys = root.fields("listen", "services", "probes", "limits", "slos", "recorder", required=("services",))
+    keys = root.fields(*Config.__struct_fields__, required=("services",))
     services = _services(keys["services"])
+    names = {service.name for service in services}
     return Config(
         listen=_listen(keys["listen"]) if "listen" in keys else Address(),
         services=services,
         probes=_probes(keys["probes"]) if "probes" in keys else Probes(),
         limits=_limits(keys["limits"]) if "limits" in keys else Limits(),
-        slos=_slos(keys["slos"], {service.name for service in services}) if "slos" in keys else (),
+        slos=_slos(keys["slos"], names) if "slos" in keys else (),
         recorder=_recorder(keys["recorder"]) if "recorder" in keys else RecorderConfig(),
+        gpu=_gpu(keys["gpu"]) if "gpu" in keys else GpuConfig(),
+        probe_points=_probe_points(keys["probe_points"], names) if "probe_points" in keys else (),
     )
 
 
@@ -583,11 +645,35 @@ def _services(value: _Value) -> tuple[Service, ...]:
 
 
 def _service(value: _Value) -> Service:
-    keys = value.fields("name", "match", "labels", required=("name", "match"))
+    keys = value.fields(*Service.__struct_fields__, required=("name", "match"))
     name = keys["name"].text()
     if not _SERVICE_NAME.fullmatch(name):
         keys["name"].fail(f"{_shown(name)} is not a service name", _SERVICE_NAME_RULE)
-    return Service(name, _match(keys["match"]), _labels(keys["labels"]) if "labels" in keys else {})
+    return Service(
+        name,
+        _match(keys["match"]),
+        _labels(keys["labels"]) if "labels" in keys else {},
+        _engine_metrics(keys["engine_metrics"]) if "engine_metrics" in keys else AUTO,
+    )
+
+
+def _engine_metrics(value: _Value) -> str:
+    text = value.literal()
+    if text.lower() in _OFF:
+        return OFF
+    if text == AUTO:
+        return AUTO
+    try:
+        url = urlsplit(text)
+        right = url.scheme in {"http", "https"} and url.hostname and url.port != 0 and text.isascii()
+    except ValueError:
+        right = False
+    if not right or not text.isprintable() or " " in text or len(text) > MAX_TEXT or url.username is not None:
+        value.fail(
+            f"{_shown(text)} is not where an engine's metrics are",
+            "write a URL such as http://127.0.0.1:8000/metrics, or `auto`, or `off`",
+        )
+    return text
 
 
 def _match(value: _Value) -> Match:
@@ -651,10 +737,19 @@ def _label_value(value: _Value) -> str:
 
 def _probes(value: _Value) -> Probes:
     keys = value.fields(*Probes.__struct_fields__)
+    gpu = _on_off_auto(keys.pop("gpu")) if "gpu" in keys else AUTO
     wanted = {name: item.switch() for name, item in keys.items()}
     if not wanted.get("requests", True):
         keys["requests"].fail("cannot be off: all others build on it", "remove the line or write `on`")
-    return Probes(**wanted)
+    return Probes(**wanted, gpu=gpu)
+
+
+def _on_off_auto(value: _Value) -> str:
+    if value.node.id == "scalar" and value.node.value == AUTO:
+        return AUTO
+    if value.node.id != "scalar" or str(value.node.value).lower() not in _ON | _OFF:
+        value.fail(f"must be on, off or auto, not {value.described()}", "write `on`, `off` or `auto`")
+    return ON if value.switch() else OFF
 
 
 def _limits(value: _Value) -> Limits:
@@ -695,10 +790,6 @@ def _slo(value: _Value, services: AbstractSet[str]) -> Slo:
     target = keys["target"].percent(1.0)
     if target == 1:
         keys["target"].fail("100% leaves no room for a single slow request", "write less, such as 99.9%")
-    service = keys["service"].text() if "service" in keys else "*"
-    if service != "*" and service not in services:
-        near = _did_you_mean(service, sorted(services))
-        keys["service"].fail(f"there is no service {_shown(service)}", f"{near}list it under services")
     model = keys["model_name"].text() if "model_name" in keys else "*"
     return Slo(
         name=name,
@@ -706,17 +797,91 @@ def _slo(value: _Value, services: AbstractSet[str]) -> Slo:
         below_s=keys["below"].duration(0.0001, 7680),
         target=target,
         window_s=round(keys["window"].duration(3600, 90 * 86400)) if "window" in keys else 30 * 86400,
-        service=None if service == "*" else service,
+        service=_service_of(keys["service"], services) if "service" in keys else None,
         model_name=None if model == "*" else model,
     )
+
+
+def _gpu(value: _Value) -> GpuConfig:
+    keys = value.fields("library", "period", "devices")
+    default = GpuConfig()
+    devices = default.devices
+    if "devices" in keys:
+        devices = keys["devices"].one_or_more(lambda item: item.absolute("/dev/nvidia*"))
+        if len(devices) > MAX_GPU_DEVICES:
+            keys["devices"].fail(f"there are {len(devices)} paths", f"list at most {MAX_GPU_DEVICES}; use wildcards")
+    return GpuConfig(
+        keys["library"].absolute("/usr/lib64/libnvidia-ml.so.1") if "library" in keys else None,
+        keys["period"].duration(0.1, 60) if "period" in keys else default.period_s,
+        devices,
+    )
+
+
+def _probe_points(value: _Value, services: AbstractSet[str]) -> tuple[ProbePoint, ...]:
+    points: list[ProbePoint] = []
+    items = value.items()
+    if len(items) > MAX_PROBE_POINTS:
+        value.fail(f"there are {len(items)} probe points", f"list at most {MAX_PROBE_POINTS}")
+    for item in items:
+        point = _probe_point(item, services)
+        if any(point.name == other.name for other in points):
+            item.fail(f"the name {_shown(point.name)} is given twice", "give each probe point a name of its own")
+        points.append(point)
+    return tuple(points)
+
+
+def _probe_point(value: _Value, services: AbstractSet[str]) -> ProbePoint:
+    keys = value.fields(
+        *ProbePoint.__struct_fields__, required=("name", "library", "hit_tokens", "looked_up_tokens")
+    )
+    name = keys["name"].text()
+    if not _SLO_NAME.fullmatch(name):
+        keys["name"].fail(
+            f"{_shown(name)} is not the name of a probe point", "use 1 to 63 of a-z 0-9 - and begin with a letter"
+        )
+    library = keys["library"].text()
+    if "/" in library:
+        keys["library"].absolute("/usr/lib/libllm_kv.so")
+    if ("symbol" in keys) == ("usdt" in keys):
+        value.fail("give one of `symbol` and `usdt`", "name a function, or a USDT probe as provider:name")
+    symbol = keys["symbol"].text() if "symbol" in keys else None
+    if symbol is not None and not _SYMBOL.fullmatch(symbol):
+        keys["symbol"].fail(f"{_shown(symbol)} is not the name of a function", "write it as `nm -D` prints it")
+    usdt = keys["usdt"].text() if "usdt" in keys else None
+    if usdt is not None and not _USDT.fullmatch(usdt):
+        keys["usdt"].fail(f"{_shown(usdt)} is not a USDT probe", "write provider:name")
+    numbers = {
+        key: keys[key].whole(1, _MAX_ARGUMENT) for key in ("model", "hit_tokens", "looked_up_tokens") if key in keys
+    }
+    if len(set(numbers.values())) != len(numbers):
+        value.fail("two values cannot be one argument", "give each its own number, from 1")
+    return ProbePoint(
+        name,
+        library,
+        symbol,
+        usdt,
+        numbers.get("model"),
+        numbers["hit_tokens"],
+        numbers["looked_up_tokens"],
+        _service_of(keys["service"], services) if "service" in keys else None,
+    )
+
+
+def _service_of(value: _Value, services: AbstractSet[str]) -> str | None:
+    """The name of a configured service; None for `*`, which is every one."""
+    name = value.text()
+    if name == "*":
+        return None
+    if name not in services:
+        near = _did_you_mean(name, sorted(services))
+        value.fail(f"there is no service {_shown(name)}", f"{near}list it under services")
+    return name
 
 
 def _recorder(value: _Value) -> RecorderConfig:
     keys = value.fields(*RecorderConfig.__struct_fields__)
     default = RecorderConfig()
-    folder = keys["folder"].text() if "folder" in keys else None
-    if folder is not None and not folder.startswith("/"):
-        keys["folder"].fail(f"{_shown(folder)} is not an absolute path", "write one, such as /var/lib/footlight")
+    folder = keys["folder"].absolute("/var/lib/footlight") if "folder" in keys else None
     return RecorderConfig(
         folder,
         keys["files"].whole(1, 10_000) if "files" in keys else default.files,

@@ -36,11 +36,17 @@ class ProbeStatus:
 
 @dataclass(frozen=True, slots=True)
 class TargetStatus:
-    """One configured service: how many processes of it are followed, and on how many ports they listen."""
+    """One configured service: how many processes of it are followed, and on how many ports they listen.
+
+    `tgids` are those processes, and `own_ports` the ports in the agent's own network namespace, as far as a report has
+    room for them.
+    """
 
     service: str
     processes: int
     ports: int
+    tgids: tuple[int, ...] = ()
+    own_ports: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
