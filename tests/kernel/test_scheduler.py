@@ -42,6 +42,8 @@ from tests.kernel.scheduling import (
 
 __all__ = ["scheduler", "watch"]  # fixtures
 
+# There are kernels that leave out switches of a busy host, the last of a thread without a sign: `Watched.disturbed`.
+pytestmark = pytest.mark.flaky(reruns=2)
 OBJECT = OBJECTS / "scheduler.bpf.o"
 CPU_GROUPS = Path("/sys/fs/cgroup/cpu")
 LAST_CPU = max(os.sched_getaffinity(0))

@@ -14,9 +14,11 @@ from exporter.config import (
     SLO_SLIS,
     Address,
     Config,
+    GpuConfig,
     HeaderLabel,
     Limits,
     Match,
+    ProbePoint,
     Probes,
     RecorderConfig,
     Service,
@@ -39,12 +41,23 @@ services:
     match: {port: 8000, exe: [python3.11, /usr/bin/vllm]}
     labels:
       release: {header: X-Release-Stage, values: [stable, canary, no, 1]}
+    engine_metrics: http://10.0.0.7:8001/metrics
   - name: team/companion.eu-1
+    engine_metrics: off
     match:
       cgroup: /kubepods/burstable
       cmdline: "uvicorn app:main"
       pid: [23, 29]
-probes: {requests: on, syscalls: on, block: off}
+probes: {requests: on, syscalls: on, block: off, gpu: on, cuda: yes}
+gpu: {library: /opt/driver/libnvidia-ml.so.1, period: 500ms, devices: /dev/nvidia7}
+probe_points:
+  - {name: look-up, library: libllm_kv.so, symbol: llm_kv_lookup, model: 1, hit_tokens: 2, looked_up_tokens: 3}
+  - name: twin
+    service: roleplay
+    library: /usr/lib/libllm_kv.so
+    usdt: roleplay:kv_lookup
+    hit_tokens: 2
+    looked_up_tokens: 1
 limits: {models_per_service: 7, connections: 4099, memory: 1.5GiB, cpu: 0.5%}
 slos:
   - {name: first-token, sli: ttft, below: 300ms, target: 99%}
@@ -62,6 +75,7 @@ recorder: {folder: /var/lib/footlight, files: 7, size: 1GiB}
 BASE = "services:\n  - name: a\n    match: {port: 80}\n"
 SLO_ITEM = "  - {name: a, sli: ttft, below: 300ms, target: 99%}\n"
 SLO = "slos:\n" + SLO_ITEM
+POINT = "probe_points:\n  - {name: p, library: a.so, symbol: f, hit_tokens: 2, looked_up_tokens: 3}\n"
 
 
 def refused(text: str) -> ConfigError:
@@ -83,13 +97,15 @@ def test_every_key_of_the_contract_is_read(tmp_path: Path) -> None:
                 "roleplay",
                 Match(port=(8000,), exe=("python3.11", "/usr/bin/vllm")),
                 {"release": HeaderLabel("x-release-stage", ("stable", "canary", "no", "1"))},
+                "http://10.0.0.7:8001/metrics",
             ),
             Service(
                 "team/companion.eu-1",
                 Match(pid=(23, 29), cmdline=("uvicorn app:main",), cgroup=("/kubepods/burstable",)),
+                engine_metrics="off",
             ),
         ),
-        probes=Probes(requests=True, syscalls=True, block=False),
+        probes=Probes(requests=True, syscalls=True, block=False, gpu="on", cuda=True),
         limits=Limits(models_per_service=7, connections=4099, memory=3 * 2**29, cpu=0.005),
         slos=(
             Slo("first-token", "ttft", 0.3, 0.99),
@@ -97,6 +113,11 @@ def test_every_key_of_the_contract_is_read(tmp_path: Path) -> None:
             Slo("every", "itl", 0.05, 0.95),
         ),
         recorder=RecorderConfig("/var/lib/footlight", 7, 2**30),
+        gpu=GpuConfig("/opt/driver/libnvidia-ml.so.1", 0.5, ("/dev/nvidia7",)),
+        probe_points=(
+            ProbePoint("look-up", "libllm_kv.so", "llm_kv_lookup", None, 1, 2, 3),
+            ProbePoint("twin", "/usr/lib/libllm_kv.so", None, "roleplay:kv_lookup", None, 2, 1, "roleplay"),
+        ),
     )
     assert load(file).label_names == ("release",)
 
@@ -193,6 +214,32 @@ def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
         (BASE + "recorder: {files: 0}\n", 4, "recorder.files: must be a whole number from 1", "digits"),
         (BASE + "recorder: {size: 1kB}\n", 4, "recorder.size: must be a size", "MiB"),
         (BASE + "recorder: {folders: /x}\n", 4, "unknown key 'folders'", "did you mean 'folder'?"),
+        # GPUs and engines
+        (BASE + "probes: {gpu: maybe}\n", 4, "probes.gpu: must be on, off or auto, not 'maybe'", "`auto`"),
+        (BASE + "probes: {gpu: [auto]}\n", 4, "probes.gpu: must be on, off or auto, not a list", "`auto`"),
+        (BASE + "probes: {cuda: auto}\n", 4, "probes.cuda: must be on or off", "`on`"),
+        (BASE + "gpu: {library: libnvidia-ml.so.1}\n", 4, "is not an absolute path", "/usr/lib64/libnvidia-ml.so.1"),
+        (BASE + "gpu: {period: 10ms}\n", 4, "gpu.period: must be a time from 100ms to 1m", "ms"),
+        (BASE + "gpu: {devices: []}\n", 4, "the list is empty", "remove the key"),
+        (BASE + "gpu: {devices: nvidia0}\n", 4, "'nvidia0' is not an absolute path", "/dev/nvidia*"),
+        (BASE + f"gpu: {{devices: [{', '.join(f'/dev/{n}' for n in range(17))}]}}\n", 4, "17 paths", "wildcards"),
+        (BASE + "    engine_metrics: /metrics\n", 4, "is not where an engine's metrics are", "http://127.0.0.1:8000/"),
+        (BASE + "    engine_metrics: file:///etc/shadow\n", 4, "is not where an engine's metrics are", "`auto`"),
+        (BASE + "    engine_metrics: http://u:p@host/metrics\n", 4, "is not where an engine's metrics are", "`off`"),
+        (BASE + "    engine_metrics: http://[::1/metrics\n", 4, "is not where an engine's metrics are", "`off`"),
+        (BASE + "    engine_metrics: http://host:99999/\n", 4, "is not where an engine's metrics are", "`off`"),
+        (BASE + "    engine_metrics: [auto]\n", 4, "engine_metrics: must be text, not a list", "value"),
+        (BASE + POINT.replace("symbol: f, ", ""), 5, "give one of `symbol` and `usdt`", "provider:name"),
+        (BASE + POINT.replace("symbol: f", "symbol: f, usdt: 'a:b'"), 5, "give one of `symbol` and `usdt`", "function"),
+        (BASE + POINT.replace("symbol: f", "usdt: ab"), 5, "'ab' is not a USDT probe", "provider:name"),
+        (BASE + POINT.replace("symbol: f", "symbol: f()"), 5, "'f()' is not the name of a function", "nm -D"),
+        (BASE + POINT.replace("a.so", "lib/a.so"), 5, "'lib/a.so' is not an absolute path", "/usr/lib"),
+        (BASE + POINT.replace("hit_tokens: 2", "hit_tokens: 7"), 5, "must be a whole number from 1 to 6", "digits"),
+        (BASE + POINT.replace("hit_tokens: 2", "hit_tokens: 3"), 5, "two values cannot be one argument", "its own"),
+        (BASE + POINT.replace("name: p", "service: aa, name: p"), 5, "there is no service 'aa'", "did you mean 'a'?"),
+        (BASE + POINT.replace("name: p", "name: P"), 5, "'P' is not the name of a probe point", "a-z"),
+        (BASE + POINT + POINT.partition("\n")[2], 6, "the name 'p' is given twice", "of its own"),
+        (BASE + POINT + POINT.partition("\n")[2] * 8, 5, "there are 9 probe points", "at most 8"),
         # labels
         (BASE + "    labels: {api: {header: x, values: [a]}}\n", 4, "the label name 'api' is taken", "another"),
         (BASE + "    labels: {le: {header: x, values: [a]}}\n", 4, "the label name 'le' is taken", "another"),
@@ -394,9 +441,11 @@ def test_the_slis_of_objectives_are_histograms() -> None:
     assert set(SLO_SLIS) <= {sli.value for sli in Sli}
 
 
-def test_syscalls_alone_are_off_by_default() -> None:
+def test_what_is_dear_is_off_by_default() -> None:
     wanted = parse(BASE).probes
-    assert [name for name in Probes.__struct_fields__ if not getattr(wanted, name)] == ["syscalls"]
+    assert [name for name in Probes.__struct_fields__ if not getattr(wanted, name)] == ["syscalls", "cuda"]
+    assert wanted.gpu == "auto"
+    assert parse(BASE).services[0].engine_metrics == "auto"
     some = parse(BASE + "probes: {scheduler: off, tcp: no, process: false, syscalls: yes}\n").probes
     assert some == Probes(scheduler=False, tcp=False, process=False, syscalls=True)
 
