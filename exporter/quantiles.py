@@ -63,6 +63,15 @@ class _ClosedSlot:
             self._bins = None
             self._counts = counts.astype(narrow)
 
+    def counts(self) -> Counts:
+        """How often each bin was hit."""
+        counts: Counts = np.zeros(BINS, np.uint32)
+        if self._bins is None:
+            counts[:] = self._counts
+        else:
+            counts[self._bins] = self._counts
+        return counts
+
     def take_from(self, total: Counts) -> None:
         if self._bins is None:
             total -= self._counts
@@ -125,21 +134,37 @@ class WindowSketch:
         self.advance(now_ns)
         return self._total
 
+    def slot_counts(self, slot: int, now_ns: int) -> Counts | None:
+        """How often each bin was hit in the slot of that number, which is over; None where none was."""
+        self.advance(now_ns)
+        return next((closed.counts() for closed, _ in reversed(self._closed) if closed.slot == slot), None)
 
-def quantiles_of(sketches: Iterable[WindowSketch], wanted: Sequence[float], now_ns: int) -> tuple[float, ...] | None:
-    """The quantiles of several sketches taken together, in seconds; None when all of them are empty.
+
+def answers(counts: Counts, wanted: Sequence[float]) -> tuple[float, ...]:
+    """The wanted quantiles in seconds of values of which so many hit each bin; at least one did.
 
     Quantile q of n values is the least value that at least q of them do not exceed (nearest rank), so that 0.99 of ten
     values is the greatest.
     """
-    filled = [counts for sketch in sketches for counts in (sketch.counts(now_ns),) if sketch.size]
-    if not filled:
-        return None
-    cumulative = np.cumsum(filled[0] if len(filled) == 1 else np.sum(filled, axis=0, dtype=np.uint64), dtype=np.uint64)
+    cumulative = np.cumsum(counts, dtype=np.uint64)
     size = int(cumulative[-1])
     # Without the small step back 0.55 of 100 values would be rank 56: 0.55 * 100 is 55.00000000000001.
     ranks = [max(1, math.ceil(quantile * size - 1e-6)) for quantile in wanted]
     return tuple(_ANSWERS[np.searchsorted(cumulative, ranks)].tolist())
+
+
+def coarse(counts: Counts, bounds: Sequence[float]) -> list[int]:
+    """The same values by upper bounds in seconds, the last one for what is beyond them: right within 1 % of a bound."""
+    where = np.searchsorted(np.asarray(bounds), _ANSWERS)
+    return [round(count) for count in np.bincount(where, weights=counts, minlength=len(bounds) + 1)]
+
+
+def quantiles_of(sketches: Iterable[WindowSketch], wanted: Sequence[float], now_ns: int) -> tuple[float, ...] | None:
+    """The quantiles of several sketches taken together, in seconds; None when all of them are empty. See `answers`."""
+    filled = [counts for sketch in sketches for counts in (sketch.counts(now_ns),) if sketch.size]
+    if not filled:
+        return None
+    return answers(filled[0] if len(filled) == 1 else np.sum(filled, axis=0, dtype=np.uint64), wanted)
 
 
 class WindowSums:
