@@ -261,7 +261,7 @@ class TopFront:
             return
         at = rfc3339(self._clock.wall_ns())
         for row in rows:
-            self._out.line(json.dumps({"time": at, **_with_units(row)}))
+            self._out.line(json.dumps({"time": at, **row_object(row)}))
 
 
 class TraceFront:
@@ -438,6 +438,7 @@ def trace_object(request: FinishedRequest, wall_ns: int, label_names: Sequence[s
         "peer": safe(request.peer),
         "tgid": request.tgid,
         "tid": request.tid,
+        "turn": request.turn,
         "streamed": request.streamed,
         "status": request.status,
         "outcome": request.failure.value if request.failure else "aborted" if request.aborted else "ok",
@@ -496,7 +497,8 @@ def _or_dash(value: int | None) -> str:
     return "-" if value is None else str(value)
 
 
-def _with_units(row: Row) -> dict[str, Any]:
+def row_object(row: Row) -> dict[str, Any]:
+    """One row of the live table as JSON types."""
     values = asdict(row)
     values["why"] = None if row.why is None else dict(zip(("cause", "share"), row.why, strict=True))
     return {f"{name}_seconds" if name.startswith(("ttft", "itl")) else name: value for name, value in values.items()}

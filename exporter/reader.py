@@ -21,6 +21,8 @@ import msgspec
 import uvicorn
 
 from exporter.config import Address
+from exporter.history import History
+from exporter.live import Live, Parts
 from exporter.metrics import Metrics, installed_version
 from exporter.objectives import Objectives, bounds
 from exporter.paths import Paths
@@ -116,6 +118,17 @@ class Reader:
             self._own_status,
             lambda: {each.probe: each.totals() for each in counters},
             [service.name for service in given.config.services],
+        )
+        self._history = History(self.slis)
+        self.live = Live(
+            Parts(
+                self.slis,
+                self._history,
+                lambda: self.status,
+                self._own_status,
+                self.metrics.version,
+                None if self.paths is None else self.paths.recent,
+            )
         )
         self._folder: RecordingFolder | None = None
         if given.recordings is not None:
@@ -233,6 +246,7 @@ class Reader:
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
         app = create_app(
             self.metrics,
+            self.live,
             lambda: self.status,
             why=None if self.paths is None else self._why,
             record=None if self.recorder is None else self._record,
@@ -259,6 +273,7 @@ class Reader:
             if self.paths is not None:
                 self.paths.round(now_ns)
             self.slis.tick(now_ns)
+            self._history.tick(now_ns)
             self._watch_objectives(now_ns)
             self._front.tick(self)
         self._call_later(TICK_S, self._tick)

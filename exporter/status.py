@@ -89,7 +89,8 @@ class ProcessUsage:
 class AgentStatus:
     """What the attacher reports. It crosses as JSON: msgspec encodes it, and checks every type when it decodes it.
 
-    `at_ns` is CLOCK_MONOTONIC when it was made. `transport` is `ring` or `perf`.
+    `at_ns` is CLOCK_MONOTONIC when it was made. `transport` is `ring` or `perf`. `gpu_devices` are the device files in
+    which a wait is one for a GPU; None where nobody looked.
     """
 
     at_ns: int
@@ -100,6 +101,7 @@ class AgentStatus:
     processes: tuple[ProcessUsage, ...]
     services: tuple[ServiceProcesses, ...] = ()
     syscalls: tuple[SyscallLatency, ...] = ()
+    gpu_devices: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,3 +142,30 @@ def why_not_ready(status: AgentStatus | None, now_ns: int) -> str | None:
     if down:
         return "not attached: " + "; ".join(down)
     return None
+
+
+class CpuMeter:
+    """CPU of the agent between two reports of the attacher."""
+
+    def __init__(self) -> None:
+        self._before: AgentStatus | None = None
+        self._cpu: float | None = None
+
+    def measure(self, status: AgentStatus | None) -> float | None:
+        """CPUs that the agent's processes use, from the last two measurements; None before there are two."""
+        before = self._before
+        # The attacher measures its processes less often than it reports: only a new measurement counts.
+        if status is None or (before is not None and status.processes == before.processes):
+            return self._cpu
+        if before is not None and _pids(before) == _pids(status):
+            self._cpu = max(0.0, (_cpu_seconds(status) - _cpu_seconds(before)) / ((status.at_ns - before.at_ns) / 1e9))
+        self._before = status
+        return self._cpu
+
+
+def _pids(status: AgentStatus) -> set[int]:
+    return {usage.pid for usage in status.processes}
+
+
+def _cpu_seconds(status: AgentStatus) -> float:
+    return sum(usage.cpu_seconds for usage in status.processes)

@@ -1,22 +1,24 @@
-"""The HTTP side of the agent: /metrics, health, readiness and a page that links them."""
+"""The HTTP side of the agent: /metrics, health, readiness, and the live page with its data."""
 
 from __future__ import annotations
 
 import asyncio
 import gzip
-import html
+import importlib.resources
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from exporter.live import JsonObject, Live
 from exporter.metrics import Metrics
 from exporter.recordings import WINDOW_S
 from exporter.status import AgentStatus, why_not_ready
@@ -27,6 +29,14 @@ _LEAST_TO_COMPRESS = 1024
 
 _BUSY = "a recording is being written: try again when it is there\n"
 _NO_SCHEDULER = "the scheduler probe is not up: see footlight check, and probes in the configuration\n"
+_NUMBER = re.compile(r"[0-9]{1,15}")
+_MEDIA_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+PAGE = {
+    path.name: path.read_bytes()
+    for path in importlib.resources.files("exporter").joinpath("page").iterdir()
+    if path.name.rpartition(".")[2] in _MEDIA_TYPES
+}
+"""The files of the live page. Read when this is imported: the reader may not read files later."""
 _SECONDS = re.compile(r"[0-9]{1,4}(\.[0-9]{1,3})?")
 _METHODS = ["GET"]  # Starlette adds HEAD
 
@@ -34,63 +44,12 @@ _HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
     "referrer-policy": "no-referrer",
-    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'",
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'"
+    ),
     "cache-control": "no-store",
 }
-
-_PAGE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Footlight</title>
-<style>
-:root {{
-  color-scheme: light dark;
-  --text: #1d2430; --dim: #5b6575; --back: #f6f7f9; --card: #fff; --line: #dde1e7;
-  --link: #0b57b0; --good: #17723b; --bad: #b3261e;
-}}
-@media (prefers-color-scheme: dark) {{
-  :root {{
-    --text: #e6e9ee; --dim: #9aa4b2; --back: #12161c; --card: #1a2029; --line: #2c3440;
-    --link: #7db4f5; --good: #6fcf97; --bad: #f2867e;
-  }}
-}}
-* {{ box-sizing: border-box }}
-body {{ margin: 0; background: var(--back); color: var(--text); font: 16px/1.5 system-ui, sans-serif }}
-main {{ max-width: 44rem; margin: 0 auto; padding: 3rem 1.25rem }}
-h1 {{ margin: 0; font-size: 1.6rem }}
-p {{ margin: .25rem 0 0; color: var(--dim) }}
-.state, ul {{ background: var(--card); border: 1px solid var(--line); border-radius: 6px }}
-.state {{
-  margin: 1.5rem 0; padding: .75rem 1rem; border-left: 4px solid var(--good);
-  color: var(--text); overflow-wrap: anywhere;
-}}
-.state.bad {{ border-left-color: var(--bad) }}
-ul {{ margin: 0; padding: 0; list-style: none }}
-li {{ display: flex; flex-wrap: wrap; gap: .25rem 1rem; padding: .7rem 1rem }}
-li + li {{ border-top: 1px solid var(--line) }}
-a {{ min-width: 8rem; color: var(--link); font-family: ui-monospace, monospace; text-decoration: none }}
-a:hover, a:focus-visible {{ text-decoration: underline }}
-li span {{ color: var(--dim) }}
-</style>
-</head>
-<body>
-<main>
-<h1>Footlight</h1>
-<p>What the users of a streaming language model feel, measured from the kernel. Version {version}.</p>
-<p class="state{bad}">{state}</p>
-<ul>
-<li><a href="metrics">/metrics</a> <span>for Prometheus: text or OpenMetrics</span></li>
-<li><a href="-/ready">/-/ready</a> <span>200 when every wanted probe is attached, else 503 and why</span></li>
-<li><a href="-/healthy">/-/healthy</a> <span>200 while the reader runs</span></li>
-</ul>
-</main>
-</body>
-</html>
-"""
-
 
 class _SafeHeaders:
     """Puts the same headers on every response, errors included."""
@@ -166,10 +125,14 @@ async def rehearse() -> None:
     await StreamingResponse(_in_turns((b"",)))({"type": "http", "method": "GET"}, never, drop)
 
 
+def _json(told: JsonObject) -> Response:
+    return Response(msgspec.json.encode(told), media_type="application/json")
+
+
 async def _plain_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     text = {
-        404: "not here; try /metrics, /api/why, /api/record, /-/ready, /-/healthy or /",
+        404: "not here; try /metrics, /api/live, /api/why, /api/record, /-/ready, /-/healthy or /",
         405: "only GET and HEAD are answered here",
     }.get(error.status_code, error.detail)
     return PlainTextResponse(f"{text}\n", error.status_code, headers=error.headers)
@@ -177,13 +140,15 @@ async def _plain_error(_: Request, error: Exception) -> Response:
 
 def create_app(
     metrics: Metrics,
+    live: Live,
     status: Callable[[], AgentStatus | None],
     clock: Callable[[], int] = time.monotonic_ns,
     why: Callable[[], Iterable[bytes]] | None = None,
     record: Callable[[float], Iterable[bytes]] | None = None,
 ) -> Starlette:
-    """The ASGI application. `status` is what the attacher reported last, `clock` CLOCK_MONOTONIC in nanoseconds.
+    """The ASGI application.
 
+    `live` has the page's data, `status` is what the attacher reported last, `clock` CLOCK_MONOTONIC in nanoseconds.
     `why` gives the JSON lines of requests that were explained, `record` the recording of the last seconds, in pieces;
     None where the probes that they need are not wanted. Everything is answered on the loop that calls it, without a
     thread.
@@ -204,18 +169,27 @@ def create_app(
         reason = why_not_ready(status(), clock())
         return PlainTextResponse("ready\n") if reason is None else PlainTextResponse(f"{reason}\n", 503)
 
-    async def landing(_: Request) -> Response:
-        reason = why_not_ready(status(), clock())
-        state = "Ready: every wanted probe is attached." if reason is None else f"Not ready: {reason}"
-        return HTMLResponse(
-            _PAGE.format(
-                version=html.escape(metrics.version), state=html.escape(state), bad="" if reason is None else " bad"
-            )
-        )
+    async def page(request: Request) -> Response:
+        name = request.path_params.get("name", "index.html")
+        if name not in PAGE:
+            raise HTTPException(404)
+        return Response(PAGE[name], media_type=_MEDIA_TYPES[name.rpartition(".")[2]])
 
-    async def explained(_: Request) -> Response:
+    async def now(_: Request) -> Response:
+        return _json(live.now())
+
+    async def past(_: Request) -> Response:
+        return _json(live.past())
+
+    async def explained(request: Request) -> Response:
         if why is None:
             return PlainTextResponse(_NO_SCHEDULER, 404)
+        number = request.query_params.get("number")
+        if number is not None:
+            found = live.why(int(number)) if _NUMBER.fullmatch(number) else None
+            if found is None:
+                return PlainTextResponse("no request of that number has a path any more\n", 404)
+            return Response(msgspec.json.encode(found) + b"\n", media_type="application/jsonl")
         return StreamingResponse(_in_turns(why()), media_type="application/jsonl")
 
     recording = None if record is None else _OneRecording(record)
@@ -235,7 +209,10 @@ def create_app(
             Route("/metrics", expose, methods=_METHODS),
             Route("/-/healthy", healthy, methods=_METHODS),
             Route("/-/ready", ready, methods=_METHODS),
-            Route("/", landing, methods=_METHODS),
+            Route("/api/live", now, methods=_METHODS),
+            Route("/api/history", past, methods=_METHODS),
+            Route("/page/{name}", page, methods=_METHODS),
+            Route("/", page, methods=_METHODS),
         ],
         exception_handlers={HTTPException: _plain_error},
     )

@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.text import Text
 
 from exporter.fronts import shortened, span
-from exporter.status import AgentStatus, why_not_ready
+from exporter.status import AgentStatus, CpuMeter, why_not_ready
 
 if TYPE_CHECKING:
     from exporter.config import Address, Config
@@ -81,7 +81,7 @@ class LiveTable:
             self._live = Live(console=self._console, screen=True, auto_refresh=False, transient=True)
             self._live.start()
         self._last: Scene | None = None
-        self._cpu = _CpuMeter()
+        self._cpu = CpuMeter()
 
     def show(
         self,
@@ -111,32 +111,6 @@ class LiveTable:
 
     def _drawn(self, scene: Scene, height: int | None) -> Group:
         return Group(*draw(scene, self._console.width, height))
-
-
-class _CpuMeter:
-    """CPU of the agent between two reports of the attacher."""
-
-    def __init__(self) -> None:
-        self._before: AgentStatus | None = None
-        self._cpu: float | None = None
-
-    def measure(self, status: AgentStatus | None) -> float | None:
-        before = self._before
-        # The attacher measures its processes less often than it reports: only a new measurement counts.
-        if status is None or (before is not None and status.processes == before.processes):
-            return self._cpu
-        if before is not None and _pids(before) == _pids(status):
-            self._cpu = max(0.0, (_cpu_seconds(status) - _cpu_seconds(before)) / ((status.at_ns - before.at_ns) / 1e9))
-        self._before = status
-        return self._cpu
-
-
-def _pids(status: AgentStatus) -> set[int]:
-    return {usage.pid for usage in status.processes}
-
-
-def _cpu_seconds(status: AgentStatus) -> float:
-    return sum(usage.cpu_seconds for usage in status.processes)
 
 
 def draw(scene: Scene, width: int, height: int | None) -> list[Text]:

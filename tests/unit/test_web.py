@@ -2,15 +2,18 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import httpx
 import pytest
 
+from exporter.history import History
+from exporter.live import Live, Parts
 from exporter.metrics import Format, Metrics
 from exporter.slis import Slis
-from exporter.status import AgentStatus, ProbeStatus
+from exporter.status import AgentStatus, ProbeStatus, ReaderStatus
 from exporter.web import create_app
 
 NOW_NS = 7_000_000_000
@@ -23,7 +26,8 @@ Get = Callable[..., httpx.Response]
 def client(status: AgentStatus | None) -> Get:
     slis = Slis()
     slis.series("roleplay", "bard", "completions", (), admit=True)
-    app = create_app(Metrics(slis, lambda: status, version="<0.1>"), lambda: status, clock=lambda: NOW_NS)
+    live = Live(Parts(slis, History(slis), lambda: status, lambda: ReaderStatus(7), "<0.1>", clock=lambda: NOW_NS))
+    app = create_app(Metrics(slis, lambda: status, version="<0.1>"), live, lambda: status, clock=lambda: NOW_NS)
 
     def get(url: str, method: str = "GET", **headers: str) -> httpx.Response:
         async def ask() -> httpx.Response:
@@ -123,16 +127,34 @@ def test_readiness_says_why_not(status: AgentStatus | None, reason: str) -> None
     assert get("/metrics").status_code == 200
 
 
-def test_the_landing_page_links_what_there_is_and_escapes(get: Get) -> None:
+def test_the_page_has_all_that_it_names(get: Get) -> None:
     answer = get("/")
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
-    for path in ("metrics", "-/ready", "-/healthy"):
-        assert f'<a href="{path}">' in answer.text
-        assert get(f"/{path}").status_code == 200
-    assert "&lt;0.1&gt;" in answer.text
-    down = client(DOWN)("/").text
-    assert "no &lt;b&gt;tracefs&lt;/b&gt;" in down
-    assert 'class="state bad"' in down
+    named = re.findall(r'(?:href|src)="([^"]+)"', answer.text)
+    assert {"metrics", "-/ready", "-/healthy", "page/page.js", "page/page.css", "page/uplot.js"} <= set(named)
+    for path in named:
+        if path not in {"api/why", "api/record"}:  # without the scheduler probe there is none
+            assert get(f"/{path}").status_code == 200, path
+    assert get("/page/page.js").headers["content-type"].startswith("text/javascript")
+    assert not re.search(r"(?:https?:)?//[a-z]", answer.text)  # nothing comes from elsewhere
+
+
+@pytest.mark.parametrize("name", ["", "nothing.js", "uplot.LICENSE", "../web.py", "%2e%2e/web.py", "index.html/"])
+def test_there_is_no_other_file(get: Get, name: str) -> None:
+    assert get(f"/page/{name}").status_code == 404
+
+
+def test_how_things_stand_is_json(get: Get) -> None:
+    now = get("/api/live")
+    assert now.headers["content-type"] == "application/json"
+    told = now.json()
+    assert (told["ready"], told["version"], told["agent"]["connections"]) == (True, "<0.1>", 7)
+    (row,) = told["models"]
+    assert (row["service"], row["model"], row["api"]) == ("roleplay", "bard", "completions")
+    assert client(DOWN)("/api/live").json()["state"] == "Not ready: not attached: requests: no <b>tracefs</b>"
+    past = get("/api/history").json()
+    assert (past["step_seconds"], past["models"]) == (12, [])
+    assert len(past["times"]) == 150
 
 
 @pytest.mark.parametrize("path", ["/nothing", "/metrics/", "/-/", "/../etc/passwd", "/%2e%2e/x"])
@@ -173,7 +195,9 @@ class Sources:
     def __init__(self, recording: Callable[[], Iterator[bytes]] = lambda: iter((b'{"a":', b"1}"))) -> None:
         self.asked: list[float] = []
         self._recording = recording
-        self.app = create_app(Metrics(Slis(), lambda: UP), lambda: UP, lambda: NOW_NS, self.why, self.record)
+        slis = Slis()
+        live = Live(Parts(slis, History(slis), lambda: UP, lambda: ReaderStatus(0), "1", clock=lambda: NOW_NS))
+        self.app = create_app(Metrics(slis, lambda: UP), live, lambda: UP, lambda: NOW_NS, self.why, self.record)
 
     def why(self) -> Iterator[bytes]:
         yield b'{"n":1}\n'
