@@ -18,15 +18,16 @@ LLVM_STRIP ?= llvm-strip
 BPF_CFLAGS := -O2 -g -target bpf -mcpu=v3 -D__TARGET_ARCH_$(BPF_ARCH) -Wall -Wextra -Werror -Wno-unused-parameter -Ibpf -I/usr/include/$(ARCH)-linux-gnu
 BPF_OBJECTS := $(patsubst bpf/%.bpf.c,probes/objects/%.bpf.o,$(wildcard bpf/*.bpf.c))
 BPF_HEADERS := $(wildcard bpf/*.h)
+NATIVE := examples/roleplay/native/libllm_kv.so
 OTHER_BPF = $(shell find tests benchmarks -name '*.bpf.c' 2>/dev/null)
-C_FILES = $(shell find bpf tests benchmarks '(' -name '*.c' -o -name '*.h' ')' -not -path '*/node_modules/*' 2>/dev/null)
+C_FILES = $(shell find bpf examples tests benchmarks '(' -name '*.c' -o -name '*.h' ')' -not -path '*/node_modules/*' 2>/dev/null)
 
 # Debian packages, each with the command or file that shows that it is there.
 BUILD_NEEDS := clang:clang llvm:llvm-strip libbpf-dev:/usr/include/bpf/bpf_helpers.h libbpf1:/usr/lib/$(ARCH)-linux-gnu/libbpf.so.1 \
 	python3-venv:/var/lib/dpkg/info/python3-venv.list libc6-dev:/usr/include/stdio.h systemtap-sdt-dev:/usr/include/$(ARCH)-linux-gnu/sys/sdt.h
 CHECK_NEEDS := $(BUILD_NEEDS) clang-format:clang-format
 TEST_NEEDS := $(BUILD_NEEDS) prometheus:promtool nodejs:node npm:npm bpftrace:bpftrace libbpf-tools:/usr/sbin/runqlat \
-	chromium:chromium
+	chromium:chromium openssl:openssl systemd:/usr/bin/systemd-analyze
 BENCH_NEEDS := $(BUILD_NEEDS) gcc:gcc bpftool:/usr/sbin/bpftool \
 	python3-bpfcc:/usr/lib/python3/dist-packages/bcc/__init__.py linux-headers-$(DEB_ARCH):/var/lib/dpkg/info/linux-headers-$(DEB_ARCH).list \
 	iproute2:/usr/sbin/tc e2fsprogs:/usr/sbin/mkfs.ext4 mount:/usr/sbin/losetup util-linux:taskset
@@ -59,11 +60,11 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: run
-run: need-build $(VENV)/.footlight-demo bpf ## the demo: a role-play service, its users and the live table (root; installs what it needs)
+run: need-build $(VENV)/.footlight-demo bpf native ## the demo: a role-play service, its users and the live table (root; installs what it needs)
 	@$(VENV)/bin/footlight demo
 
 .PHONY: test
-test: need-test $(VENV)/.footlight-dev bpf ## all tests: unit, kernel, e2e (root; installs what it needs; CI=true makes a skip a failure)
+test: need-test $(VENV)/.footlight-dev bpf native ## all tests: unit, kernel, e2e (root; installs what it needs; CI=true makes a skip a failure)
 	@$(PY) -m pytest tests/unit tests/kernel tests/e2e $(ARGS)
 
 .PHONY: check
@@ -76,8 +77,8 @@ check: need-check $(VENV)/.footlight-dev bpf ## ruff, mypy --strict, clang-forma
 	@echo "all checks passed"
 
 .PHONY: bench
-bench: need-bench $(VENV)/.footlight-dev bpf ## every benchmark: reader, truth, overhead, paths, scale, faults, quota (root; minutes)
-	@for name in reader truth overhead paths scale faults quota; do \
+bench: need-bench $(VENV)/.footlight-dev bpf native ## every benchmark: reader, truth, overhead, paths, scale, faults, quota, cuda (root; minutes)
+	@for name in reader truth overhead paths scale faults quota cuda; do \
 		[ -e benchmarks/$$name.py -o -e benchmarks/$$name/__main__.py ] || continue; \
 		echo; echo "== $$name: $(PY) -m benchmarks.$$name"; $(PY) -m benchmarks.$$name; \
 	done
@@ -101,6 +102,13 @@ probes/objects/syscalls.txt: Makefile | need-build
 		| awk '$$1 == "#define" && $$2 ~ /^__NR(3264)?_/ && $$3 ~ /^[0-9]+$$/ { sub(/^__NR(3264)?_/, "", $$2); print $$3, $$2 }' \
 		| sort -nu > $@
 
+.PHONY: native
+native: $(NATIVE) ## compile the role-play engine's library, on whose calls a probe point can be put
+
+# With a frame pointer a function begins with a push. The kernel emulates that; over most others it has to step, at a price.
+$(NATIVE): examples/roleplay/native/kv_lookup.c Makefile
+	$(CLANG) -O2 -g -fPIC -fno-omit-frame-pointer -shared -Wall -Wextra -Werror $< -o $@
+
 .PHONY: format
 format: $(VENV)/.footlight-dev ## let ruff and clang-format mend what they can
 	@$(VENV)/bin/ruff check --fix-only --quiet .
@@ -108,7 +116,7 @@ format: $(VENV)/.footlight-dev ## let ruff and clang-format mend what they can
 
 .PHONY: clean
 clean: ## remove what was built; the virtual environment too
-	@rm -rf probes/objects/*.bpf.o probes/objects/syscalls.txt build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis $(VENV)
+	@rm -rf probes/objects/*.bpf.o probes/objects/syscalls.txt $(NATIVE) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis $(VENV)
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # What each target needs from the distribution.
@@ -123,7 +131,7 @@ need-bench:
 	$(call install,$(BENCH_NEEDS))
 
 # Order-only: a missing package must be there before, but being asked about it does not make these stale.
-$(BPF_OBJECTS): | need-build
+$(BPF_OBJECTS) $(NATIVE): | need-build
 $(VENV)/.footlight-%: pyproject.toml setup.py | need-build
 	@[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
 	@echo "installing footlight[$*] into $(VENV)"

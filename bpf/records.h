@@ -119,13 +119,15 @@ enum waker {
  */
 #define INTERVAL_FIRST 16
 #define INTERVAL_WAKER_TARGET 32 /* the waker is a thread of a watched service */
+#define INTERVAL_GPU 64 /* WAIT_DEVICE, and the device is a GPU's */
 
 /* A stretch for which a thread of a service was not on a CPU; made when it gets one again. */
 struct thread_interval {
 	u64 off_ns; /* it left its CPU */
 	u64 wake_ns; /* its sleep ended; 0: it did not sleep, or its waking was not seen */
 	u64 on_ns; /* it runs again */
-	u64 object; /* what it waited for: a futex's address, a struct sock * or struct file *; 0: not known */
+	/* what it waited for: a futex's address, a struct sock * or struct file *, a device's number; 0: not known */
+	u64 object;
 	u64 ready_sk; /* the struct sock * whose bytes ended the sleep; 0: none */
 	u32 tid;
 	u32 tgid;
@@ -177,6 +179,8 @@ struct thread_name {
 
 enum span_kind {
 	SPAN_RECLAIM = 1, /* the thread freed memory for itself: direct reclaim, of the host or of its memory cgroup */
+	SPAN_GPU_SYNC =
+		2, /* the thread waited for a GPU in a synchronising call of the CUDA driver, asleep or spinning */
 };
 
 /* Something that a thread did from begin_ns to end_ns, running or not. */
@@ -279,6 +283,19 @@ enum count {
 	/* syscalls */
 	CNT_SEEN_SYSCALLS,
 	CNT_SYSCALLS_FULL, /* a call was not timed: the table is full */
+	/* probe points */
+	CNT_SEEN_LOOKUPS,
+	CNT_IMPLAUSIBLE_LOOKUPS, /* a look-up was not counted: it found more tokens than it looked up, or 2^31 and more */
+	CNT_MODEL_NAMES_CUT, /* a look-up was counted for the beginning of its model's name: the name is too long */
+	CNT_SLOTS_FULL, /* a look-up was not counted: the table of models is full */
+	/* cuda */
+	CNT_SEEN_GPU_SYNCS,
+	CNT_LOST_GPU_SYNCS_RING_FULL,
+	CNT_CUDA_CALLS_FULL, /* a call was not counted: the table of calls under way is full */
+	CNT_CUDA_RETURNS_UNSEEN, /* a call was not counted: it did not return where it was called */
+	CNT_ALLOCATIONS_FULL, /* an allocation was not followed: the table is full */
+	CNT_UNKNOWN_FREES, /* what was freed had been allocated before it was watched, or was not followed */
+	CNT_NOT_ATTACHED, /* a library of a process could not be read or attached to; user space counts it */
 	CNT_MAX,
 };
 

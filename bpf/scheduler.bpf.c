@@ -19,6 +19,12 @@
  * is known when the kernel delivers the bytes within its own call: not when they waited for the receiver's window or came
  * by ksoftirqd. On kernels with PREEMPT_RT interrupts are threads, and wakers are what they look like: tasks.
  *
+ * A wait for a GPU is a sleep in ioctl, read or another call on one of its device files, deep ones included but those
+ * that the kernel counts as I/O; and one in poll or ppoll that waits for nothing but at least one of them and eventfds, at
+ * most POLLED_MAX descriptors in all, and that the GPU's driver ended: not the timeout, and no thread of a service. Each
+ * sleep is one wait: a call may have several. Not seen: epoll and select on a device; page faults in memory that the GPU
+ * holds; and the thread that asks the GPU in a loop, which is CUDA's default: it runs.
+ *
  * May be left out by user space: data_ready (Linux 6.3), sent, received (both 6.3). Needs bpf_task_pt_regs (5.15) to say
  * what a thread slept on; before, it is WAIT_OTHER.
  */
@@ -61,6 +67,7 @@ struct scheduler_stats {
 	u64 cpu_quota_ns;
 	u64 migrations;
 	u64 switches;
+	struct histogram gpu_wait; /* asleep, of intervals with INTERVAL_GPU; a part of off_cpu_ns */
 };
 
 /* one element for each CPU and service; see service_stats.bpf.h */
@@ -78,7 +85,8 @@ struct thread_state {
 	u64 switches; /* the kernel's count when it was last seen */
 	u8 waking_flags; /* of the interval; apart from `flags`, because another CPU writes them meanwhile */
 	u8 named; /* its name was told */
-	u8 pad[6];
+	u8 pad[2];
+	u32 gpu_poll_us; /* of a poll on GPUs: its timeout, FOR_EVER: none; 0: it is no such poll */
 };
 
 /*
@@ -92,6 +100,22 @@ struct {
 	__type(key, u32);
 	__type(value, struct thread_state);
 } threads SEC(".maps");
+
+/* Device number (major << 20 | minor) of a GPU's device file -> 1. User space keeps it. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1024);
+	__type(key, u32);
+	__type(value, u8);
+} gpu_devices SEC(".maps");
+
+/* How many of them there are: where there is none, the hash need not be asked, nor a poll looked into. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, u32);
+} gpu_devices_cnt SEC(".maps");
 
 enum context {
 	CONTEXT_TASK,
@@ -301,6 +325,7 @@ struct task_struct___arm64 {
 /* The system call that a task is in: its number or NO_SYSCALL, what is known of it, and those arguments that are used. */
 struct syscall {
 	u64 first;
+	u64 second;
 	u64 third;
 	u64 fourth;
 	u64 fifth;
@@ -321,6 +346,7 @@ static __always_inline struct syscall syscall_of(struct task_struct *task)
 
 	number = regs->orig_ax; /* -1: an exception or an interrupt */
 	syscall.first = regs->di;
+	syscall.second = regs->si;
 	syscall.third = regs->dx;
 	syscall.fourth = regs->r10;
 	syscall.fifth = regs->r8;
@@ -329,6 +355,7 @@ static __always_inline struct syscall syscall_of(struct task_struct *task)
 
 	number = regs->syscallno;
 	syscall.first = regs->orig_x0;
+	syscall.second = regs->regs[1];
 	syscall.third = regs->regs[2];
 	syscall.fourth = regs->regs[3];
 	syscall.fifth = regs->regs[4];
@@ -469,9 +496,152 @@ static __always_inline u32 reason_of_file(struct file *file, u64 *object)
 	}
 }
 
-/* Finds out what a thread that leaves its CPU sleeps on. */
-static __always_inline void explain_sleep(struct thread_interval *interval, struct task_struct *task, u32 task_state)
+/* ---- GPUs ---- */
+
+#define POLLED_MAX 8
+#define FOR_EVER 0xffffffff
+/* A poll's timeout begins when it is called, which is before the thread leaves its CPU. */
+#define POLL_EARLY_US 1000
+#define NS_PER_US 1000
+#define US_PER_MS 1000
+#define US_PER_S 1000000
+
+/* What user space hands to poll and ppoll: a stable ABI. */
+struct user_pollfd {
+	s32 fd;
+	s16 events;
+	s16 revents;
+};
+
+struct user_timespec {
+	s64 seconds;
+	s64 ns;
+};
+
+static __always_inline bool are_gpus_known(void)
 {
+	u32 zero = 0, *cnt = bpf_map_lookup_elem(&gpu_devices_cnt, &zero);
+
+	return cnt && *cnt;
+}
+
+/* `object` as reason_of_file() gives it: an address is no device's number. */
+static __always_inline bool is_gpu(u64 object)
+{
+	u32 device = object;
+
+	return object && object == device && bpf_map_lookup_elem(&gpu_devices, &device);
+}
+
+/* Of what lies behind anonymous inodes it is the one that tells nothing of itself. */
+static __always_inline bool is_eventfd(struct file *file)
+{
+	const char wanted[] = "[eventfd]";
+	char name[sizeof(wanted)] = {};
+	u32 index;
+
+	if (BPF_CORE_READ(file, f_inode, i_sb, s_magic) != ANON_INODE_FS_MAGIC)
+		return false;
+	bpf_probe_read_kernel_str(name, sizeof(name), BPF_CORE_READ(file, f_path.dentry, d_name.name));
+	for (index = 0; index < sizeof(wanted); index++)
+		if (name[index] != wanted[index])
+			return false;
+	return true;
+}
+
+/* The device number of the first GPU that the running task polls; 0 when it polls none, or anything else as well. */
+static __always_inline u32 polled_gpu(struct task_struct *task, u64 descriptors, u32 cnt)
+{
+	struct user_pollfd polled[POLLED_MAX] = {};
+	u32 index, gpu = 0;
+	struct file *file;
+	u64 object;
+
+	if (!cnt || cnt > POLLED_MAX)
+		return 0;
+	if (bpf_probe_read_user(polled, cnt * sizeof(*polled), (void *)descriptors)) {
+		count(CNT_UNREADABLE);
+		return 0;
+	}
+	for (index = 0; index < POLLED_MAX; index++) {
+		if (index >= cnt)
+			break;
+		if (polled[index].fd < 0)
+			continue; /* poll leaves it out, too */
+		file = file_of(task, polled[index].fd);
+		if (!file)
+			return 0;
+		if (reason_of_file(file, &object) == WAIT_DEVICE && is_gpu(object))
+			gpu = gpu ? gpu : object;
+		else if (!is_eventfd(file))
+			return 0;
+	}
+	return gpu;
+}
+
+/* How long a poll or ppoll sleeps at the most, for gpu_poll_us; 0: it cannot be told. */
+static __always_inline u32 poll_timeout_us(const struct syscall *syscall)
+{
+	struct user_timespec timeout;
+	u64 us;
+
+	if ((syscall->call & CALL_MASK) == CALL_POLL) {
+		if ((s32)syscall->third < 0)
+			return FOR_EVER;
+		us = (u64)(u32)syscall->third * US_PER_MS;
+	} else {
+		if (!syscall->third)
+			return FOR_EVER;
+		if (bpf_probe_read_user(&timeout, sizeof(timeout), (void *)syscall->third)) {
+			count(CNT_UNREADABLE);
+			return 0;
+		}
+		us = timeout.seconds > FOR_EVER / US_PER_S ? FOR_EVER
+							   : timeout.seconds * US_PER_S + (u64)timeout.ns / NS_PER_US;
+	}
+	return us < FOR_EVER ? us : FOR_EVER;
+}
+
+/* Says so when what was found out about a sleep is that it is one for a GPU. */
+static __always_inline void explain_gpu(struct thread_state *thread, struct task_struct *task,
+					const struct syscall *syscall)
+{
+	struct thread_interval *interval = &thread->interval;
+	u32 call = syscall->call & CALL_MASK, gpu;
+
+	if (interval->reason == WAIT_DEVICE) {
+		if (!(interval->flags & INTERVAL_IOWAIT) && are_gpus_known() && is_gpu(interval->object))
+			interval->flags |= INTERVAL_GPU;
+	} else if (interval->reason == WAIT_POLL && (call == CALL_POLL || call == CALL_PPOLL) && are_gpus_known()) {
+		gpu = polled_gpu(task, syscall->first, syscall->second);
+		if (!gpu)
+			return;
+		thread->gpu_poll_us = poll_timeout_us(syscall);
+		if (!thread->gpu_poll_us)
+			return;
+		interval->reason = WAIT_DEVICE;
+		interval->object = gpu;
+		interval->flags |= INTERVAL_GPU;
+	}
+}
+
+/* Whether the poll on GPUs whose interval is over was ended by something else than the GPUs' driver. */
+static __always_inline bool was_no_gpu(const struct thread_state *thread)
+{
+	const struct thread_interval *interval = &thread->interval;
+
+	if (!interval->wake_ns || interval->flags & INTERVAL_WAKER_TARGET)
+		return true;
+	return interval->waker != WAKER_TASK && thread->gpu_poll_us != FOR_EVER &&
+	       (interval->wake_ns - interval->off_ns) / NS_PER_US + POLL_EARLY_US >= thread->gpu_poll_us;
+}
+
+/* ---- what a thread sleeps on ---- */
+
+/* Finds out what a thread that leaves its CPU sleeps on. */
+static __always_inline void explain_sleep(struct thread_state *thread, struct task_struct *task, u32 task_state)
+{
+	struct thread_interval *interval = &thread->interval;
 	struct syscall syscall = syscall_of(task);
 	u32 reason = WAIT_OTHER, call = syscall.call & CALL_MASK;
 	bool iowait = BPF_CORE_READ_BITFIELD(task, in_iowait), deep = task_state & TASK_UNINTERRUPTIBLE;
@@ -540,6 +710,7 @@ static __always_inline void explain_sleep(struct thread_interval *interval, stru
 		interval->flags |= INTERVAL_TIMEOUT;
 	interval->reason = reason;
 	interval->object = object;
+	explain_gpu(thread, task, &syscall);
 }
 
 static __always_inline u32 state_of(struct task_struct *task)
@@ -592,6 +763,7 @@ static __always_inline void leave_cpu(struct task_struct *task, bool preempted, 
 	}
 	interval = &thread->interval;
 	interval->flags = 0;
+	thread->gpu_poll_us = 0;
 	if (!thread->running_ns || switches != thread->switches + 1)
 		interval->flags = INTERVAL_FIRST;
 	else if (now < thread->running_ns)
@@ -611,7 +783,7 @@ static __always_inline void leave_cpu(struct task_struct *task, bool preempted, 
 		if (is_throttled(task))
 			interval->flags |= INTERVAL_THROTTLED;
 	} else {
-		explain_sleep(interval, task, state);
+		explain_sleep(thread, task, state);
 	}
 }
 
@@ -639,6 +811,8 @@ static __always_inline void add_interval(const struct thread_interval *interval,
 		runnable_ns = interval->off_ns;
 	else if (interval->reason < WAIT_MAX)
 		sums->off_cpu_ns[interval->reason] += runnable_ns - interval->off_ns;
+	if (interval->flags & INTERVAL_GPU)
+		observe(&sums->gpu_wait, runnable_ns - interval->off_ns);
 	if (interval->flags & INTERVAL_THROTTLED)
 		sums->cpu_quota_ns += interval->on_ns - runnable_ns;
 	else if (interval->reason == WAIT_CPU || interval->wake_ns)
@@ -685,6 +859,11 @@ static __always_inline void enter_cpu(void *ctx, struct task_struct *task, u64 n
 		interval->waker_tid = 0;
 		interval->waker_tgid = 0;
 		interval->ready_sk = 0;
+	}
+	if (thread->gpu_poll_us && was_no_gpu(thread)) {
+		interval->reason = WAIT_POLL;
+		interval->object = 0;
+		interval->flags &= ~INTERVAL_GPU;
 	}
 	moved = interval->cpu != cpu;
 	interval->cpu = cpu;

@@ -6,7 +6,9 @@ packet of integers and names a second; nothing comes back but an exit status.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import logging
 import os
 import signal
@@ -15,22 +17,37 @@ import time
 from collections import deque
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
 import msgspec
 import psutil
 
-from exporter.parting import CRASHED, Inheritance, fork_reader
+from exporter.config import OFF
+from exporter.parting import CONFIG_PACKET, CRASHED, STATUS_PACKET, Inheritance, fork_reader
 from exporter.recordings import open_folder
+from exporter.reloading import MAX_ENCODED_BYTES, Changed, Watch, changed, is_gone, merged, places
 from exporter.run_stats import RunStats
-from exporter.status import AgentStatus, Loss, ProbeStatus, ProcessUsage, ServiceProcesses, SyscallLatency, TargetStatus
+from exporter.status import (
+    AgentStatus,
+    Loss,
+    ProbeStatus,
+    ProcessUsage,
+    ReloadStatus,
+    ServiceProcesses,
+    SyscallLatency,
+    TargetStatus,
+)
 from probes import host
 from probes.block import BlockProbe
+from probes.cuda import CudaProbe
+from probes.devices import find_devices
 from probes.discovery import Discovery, Targets
-from probes.errors import FootlightError
+from probes.errors import ConfigError, FootlightError
 from probes.memory import MemoryProbe
 from probes.probe import Probe, pick_transport
+from probes.probe_points import ProbePointsProbe
 from probes.processes import Processes, service_cgroups
 from probes.procfs import ProcFs
 from probes.requests import RequestsProbe
@@ -39,11 +56,12 @@ from probes.syscalls import SyscallsProbe, syscall_name
 from probes.tcp import TcpProbe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from collections.abc import Set as AbstractSet
 
     from exporter.config import Address, Config
     from exporter.fronts import Front
+    from exporter.reloading import Source
     from probes.probe import Transport
 
 log = logging.getLogger("footlight")
@@ -53,8 +71,11 @@ PERIOD_S: Final = 1.0
 CRASHES: Final = 5
 CRASH_WINDOW_S: Final = 60.0
 """After `CRASHES` crashes of the reader within this time the agent gives up."""
-_OTHER_PROBES: Final[tuple[type[Probe], ...]] = (SchedulerProbe, TcpProbe, BlockProbe, MemoryProbe, SyscallsProbe)
-_SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGCHLD})
+_OTHER_PROBES: Final[tuple[type[Probe], ...]] = (
+    *(SchedulerProbe, TcpProbe, BlockProbe, MemoryProbe, SyscallsProbe, CudaProbe),
+)
+_SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP})
+_SO_SNDBUFFORCE: Final = 32
 _USAGE_EVERY: Final = 5
 _TGIDS: Final = 4096
 """Processes that a report names, of all services: a packet on a socket has an end."""
@@ -62,11 +83,19 @@ _OWN_PORTS: Final = 16
 """Ports of a service that a report names."""
 
 
-def run(config: Config, front: Front, *, transport: str = "auto", wait_for_targets: bool = True) -> int:
+def run(
+    config: Config,
+    front: Front,
+    *,
+    transport: str = "auto",
+    wait_for_targets: bool = True,
+    source: Source | None = None,
+) -> int:
     """Attach, start the reader with `front`, and stay until it ends or a signal comes. Returns the exit status.
 
     `transport` is `auto`, `ring` or `perf`. Without `wait_for_targets` a target that is not there is an error; with it
-    the agent waits for one to come. Raises FootlightError before anything is attached or served.
+    the agent waits for one to come. `source` is where `config` came from: it is read again when its file changes, on
+    SIGHUP and when /-/reload asks. Raises FootlightError before anything is attached or served.
     """
     report = host.examine()
     error = report.error()
@@ -88,39 +117,77 @@ def run(config: Config, front: Front, *, transport: str = "auto", wait_for_targe
             stack.callback(os.close, recordings)
         if host.find_tracefs() is None:
             host.mount_tracefs()
-        probes = stack.enter_context(_Probes(config, pick_transport(transport)))
+        room = len(config.services) if source is None else places(config)
+        probes = stack.enter_context(_Probes(config, pick_transport(transport), room))
         # Attached one by one, they would see halves of what a target does meanwhile: first all, then targets.
         probes.requests.follow(targets.processes, targets.ports)
-        return _Attacher(config, front, probes, discovery, targets, listener, recordings).run()
+        reloads = None if source is None else stack.enter_context(_Reloads(source))
+        return _Attacher(config, front, probes, discovery, targets, listener, recordings, reloads).run()
+
+
+class _Reloads:
+    """Tells when the configuration is to be read again, and keeps how that went.
+
+    The reader may ask for it: a byte through a pipe, of which the kernel makes a SIGHUP to this process.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.read = source.read
+        self.watch = Watch(source.path)
+        self._asked, self.asking_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        fcntl.fcntl(self._asked, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(self._asked, fcntl.F_SETSIG, signal.SIGHUP)
+        fcntl.fcntl(self._asked, fcntl.F_SETFL, fcntl.fcntl(self._asked, fcntl.F_GETFL) | os.O_ASYNC)
+        self.status = ReloadStatus(0, True, time.time(), "")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._asked)
+        os.close(self.asking_fd)
+
+    def heard(self) -> None:
+        """Take what was asked."""
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._asked, 4096):
+                pass
+
+    def went_well(self) -> None:
+        """The configuration of now is the file's."""
+        self.status = ReloadStatus(self.status.attempts + 1, True, time.time(), "")
+
+    def failed(self, problem: str) -> None:
+        """The configuration stays as it was."""
+        self.status = replace(self.status, attempts=self.status.attempts + 1, successful=False, problem=problem)
 
 
 class _Probes:
-    """Every wanted probe, loaded and attached. Without the requests probe there is no agent; others may be missing."""
+    """Every wanted probe, loaded and attached. Without the requests probe there is no agent; others may be missing.
 
-    def __init__(self, config: Config, transport: Transport) -> None:
+    `room` is for how many services the probes count.
+    """
+
+    def __init__(self, config: Config, transport: Transport, room: int) -> None:
         self.transport = transport
         self.missing: dict[str, str] = {}
         """Wanted probes that are not up, with the reason."""
+        self.room = room
         memory = config.limits.memory
         with ExitStack() as opening:
             self.requests = opening.enter_context(
                 RequestsProbe(transport, connections=config.limits.connections, memory_bytes=memory)
             )
             self.others: list[Probe] = []
-            for kind in _OTHER_PROBES:
-                if not getattr(config.probes, kind.name):
-                    continue
+            for name, make in _wanted(config, transport, room, self.requests):
                 # One of which a part cannot be attached is detached again: it would only cost.
                 with ExitStack() as trying:
                     try:
-                        probe = kind(
-                            transport, memory_bytes=memory, services=len(config.services), shares_with=self.requests
-                        )
-                        trying.enter_context(probe)
+                        probe = trying.enter_context(make())
                         probe.attach()
                     except FootlightError as error:
-                        log.warning("the %s probe is not up: %s", kind.name, error.what)
-                        self.missing[kind.name] = error.what.partition("\n")[0]
+                        log.warning("the %s probe is not up: %s", name, error.what)
+                        self.missing[name] = error.what.partition("\n")[0]
                         continue
                     opening.push(trying.pop_all())
                 self.others.append(probe)
@@ -139,6 +206,24 @@ class _Probes:
         return [self.requests, *self.others]
 
 
+def _wanted(
+    config: Config, transport: Transport, room: int, requests: Probe
+) -> Iterator[tuple[str, Callable[[], Probe]]]:
+    """The probes beside the requests probe that the configuration wants: the name of each, and how it is loaded."""
+    memory = config.limits.memory
+    for kind in _OTHER_PROBES:
+        if getattr(config.probes, kind.name):
+            yield kind.name, partial(kind, transport, memory_bytes=memory, services=room, shares_with=requests)
+    if config.probe_points:
+        names = [service.name for service in config.services]
+        yield (
+            ProbePointsProbe.name,
+            partial(
+                ProbePointsProbe, config.probe_points, names, transport, memory_bytes=memory, shares_with=requests
+            ),
+        )
+
+
 class _Attacher:
     def __init__(
         self,
@@ -149,8 +234,12 @@ class _Attacher:
         targets: Targets,
         listener: socket.socket | None,
         recordings: int | None,
+        reloads: _Reloads | None,
     ) -> None:
         self._config = config
+        self._reloads = reloads
+        self._unsent: Config | None = None
+        """A configuration that the reader has not got yet."""
         self._front = front
         self._probes = probes
         self._run_stats = RunStats(probes.up)
@@ -165,6 +254,7 @@ class _Attacher:
         self._usage: tuple[ProcessUsage, ...] = ()
         self._processes = Processes() if config.probes.process else None
         self._held: tuple[ServiceProcesses, ...] = ()
+        self._gpu_devices: int | None = None
         self._rounds = 0
         self._warnings: set[str] = set()
         self._namespace = ProcFs().network_namespace(os.getpid())
@@ -188,7 +278,10 @@ class _Attacher:
                 self._report()
                 due = max(due + PERIOD_S, time.monotonic())
             info = signal.sigtimedwait(_SIGNALS, max(0.0, due - time.monotonic()))
-            if info is not None and info.si_signo != signal.SIGCHLD:
+            if info is not None and info.si_signo == signal.SIGHUP:
+                self._reload()
+                due = time.monotonic()
+            elif info is not None and info.si_signo != signal.SIGCHLD:
                 return 0
             code = self._reaped()
             if code is not None and (code >= 0 or not self._restart()):
@@ -196,28 +289,72 @@ class _Attacher:
 
     def _report(self) -> None:
         """Look for targets and tell the reader how things stand."""
+        if self._reloads is not None and self._reloads.watch.changed():
+            self._reload()
+        self._send_config()  # before any record of a service that it does not know yet
         try:
             self._targets = self._discovery.scan()
         except OSError as error:
             log.warning("cannot look for processes: %s", error)
         self._probes.requests.follow(self._targets.processes, self._targets.ports)
+        followed = self._probes.requests.targets()
+        for probe in self._probes.others:
+            probe.follow_processes(followed)
         self._run_stats.turn()
+        if self._socket is None:
+            return
         if self._socket is None:
             return
         status = self._status()
         try:
-            try:
-                self._socket.send(msgspec.json.encode(status), socket.MSG_DONTWAIT)
-            except OSError as error:
-                if error.errno != errno.EMSGSIZE:
-                    raise
-                # A thousand system calls, counted by service, are what a packet holds.
-                self._warn_once("there are too many system calls to report: none of them is")
-                self._socket.send(msgspec.json.encode(replace(status, syscalls=())), socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            pass  # the reader is busy; the next report says more
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # it is gone, and SIGCHLD will say so
+            self._send(STATUS_PACKET, status)  # where it is not sent the reader is busy, and the next one says more
+        except OSError as error:
+            if error.errno != errno.EMSGSIZE:
+                raise
+            # A thousand system calls, counted by service, are what a packet holds where its size cannot be raised.
+            self._warn_once("there are too many system calls to report: none of them is")
+            self._send(STATUS_PACKET, replace(status, syscalls=()))
+
+    def _send(self, kind: bytes, told: AgentStatus | Changed) -> bool:
+        """Send a packet to the reader; False where it has no room for one now."""
+        if self._socket is None:
+            return False
+        try:
+            self._socket.send(kind + msgspec.json.encode(told), socket.MSG_DONTWAIT)
+        except OSError as error:
+            # EAGAIN: it is busy. EPIPE, ECONNRESET: it is gone, and SIGCHLD will say so.
+            if error.errno not in {errno.EAGAIN, errno.EPIPE, errno.ECONNRESET}:
+                raise
+            return False
+        return True
+
+    # ---- another configuration ----
+
+    def _reload(self) -> None:
+        """Read the configuration again, and go on with it where it is right; else the old one stays, whole."""
+        if self._reloads is None:
+            log.warning("there is nothing to read again: the targets were named by options, not by --config")
+            return
+        self._reloads.heard()
+        try:
+            config = merged(self._config, self._reloads.read(), self._probes.room)
+        except ConfigError as error:
+            place = f"{error.path}:{error.line}: " if error.path and error.line else ""
+            self._reloads.failed(f"{place}{error.what}; try: {error.next_step}")
+            log.error("the configuration stays as it was: %s%s; try: %s", place, error.what, error.next_step)
+            return
+        self._reloads.went_well()
+        if config == self._config:
+            log.info("the configuration was read again: nothing is new")
+            return
+        self._config = self._unsent = config
+        log.info("the configuration was read again: %d services", sum(not is_gone(each) for each in config.services))
+
+    def _send_config(self) -> None:
+        """Give the reader a new configuration, and only then follow what it names."""
+        if self._unsent is not None and self._send(CONFIG_PACKET, changed(self._unsent)):
+            self._unsent = None
+            self._discovery.reconfigure(self._config.services)
 
     def _status(self) -> AgentStatus:
         targets = self._probes.requests.targets()
@@ -255,7 +392,10 @@ class _Attacher:
                     tuple(sorted(port for place, port in ports[index] if place == self._namespace)[:_OWN_PORTS]),
                 )
                 for index, service in enumerate(self._config.services)
+                if not is_gone(service)
             ),
+            gpu_devices=self._gpu_devices,
+            reload=None if self._reloads is None else self._reloads.status,
             reader_restarts=self._restarts,
             processes=self._usage,
             services=self._held,
@@ -267,6 +407,12 @@ class _Attacher:
         for probe in self._probes.others:
             if isinstance(probe, BlockProbe):
                 probe.follow_cgroups(service_cgroups(targets))
+            if isinstance(probe, SchedulerProbe) and self._config.probes.gpu != OFF:
+                devices = find_devices(self._config.gpu.devices)
+                probe.follow_gpu_devices({device.number for device in devices})
+                self._gpu_devices = len(devices)
+            for note in probe.notes() if self._rounds else ():
+                self._warn_once(f"{probe.name}: {note}".replace("%", "%%"))
         if self._processes is not None:
             self._held = tuple(
                 ServiceProcesses(
@@ -317,6 +463,10 @@ class _Attacher:
 
     def _start_reader(self, *, resumes: bool) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with contextlib.suppress(OSError):  # without the right to it, a packet of 200 kB is the largest
+            ours.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, 2 * MAX_ENCODED_BYTES)
+        self._unsent = None  # a new reader begins with the configuration of now
+        self._discovery.reconfigure(self._config.services)
         with theirs:
             given = Inheritance(
                 self._config,
@@ -328,6 +478,9 @@ class _Attacher:
                 os.getpid(),
                 self._recordings,
                 resumes,
+                self._probes.room,
+                None if self._reloads is None else self._reloads.asking_fd,
+                next((each.points_map for each in self._probes.others if isinstance(each, ProbePointsProbe)), None),
             )
             self._reader = fork_reader(given)
         self._socket = ours

@@ -11,7 +11,7 @@ import ipaddress
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
@@ -24,6 +24,9 @@ from probes.errors import ConfigError
 
 if TYPE_CHECKING:
     import yaml
+
+    from exporter.slo.catalogue import KnownMetric
+    from exporter.web_config import WebConfig
 
 T = TypeVar("T")
 
@@ -39,6 +42,8 @@ MAX_LABEL_VALUES: Final = 32
 MAX_SLOS: Final = 64
 MAX_PROBE_POINTS: Final = 8
 MAX_GPU_DEVICES: Final = 16
+MAX_ALERTMANAGERS: Final = 8
+MAX_ALERT_LABELS: Final = 16
 MAX_TEXT: Final = 4096
 MAX_PID: Final = 1 << 22
 
@@ -61,9 +66,22 @@ _SIZE_UNITS: Final = {
 _DURATION: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([a-z]+)")
 _TIME_UNITS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SLO_NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,62}")
-_SLO_KEYS: Final = ("name", "sli", "below", "target", "window", "service", "model_name")
+_SLO_KEYS: Final = (
+    *("name", "sli", "below", "at_least", "target", "window", "service", "model_name", "reasons"),
+)
 SLO_SLIS: Final = ("ttft", "itl", "tpot", "longest_gap", "duration")
 """Latencies that an objective may be about, by the value of their `Sli`."""
+SLO_ERRORS: Final = "errors"
+SLO_ABORTS: Final = "aborts"
+SLO_CACHE: Final = "kv_cache_hit_ratio"
+SLO_SPEED: Final = "decode_tokens_per_second"
+SLO_METRIC: Final = re.compile(r"(kernel|gpu)_[a-z0-9_]{1,100}")
+"""An objective may also be about a family of these, by its name."""
+SLO_REASONS: Final = ("client_error", "rate_limited", "server_error", "cut_off")
+"""Why a request failed, by the value of its `Failure`. The first one is the client's own fault."""
+SLO_SHORTEST_S: Final = 3 * 86400
+"""An objective's period is at least the longest window over which its burn rate is looked at."""
+_ALL_SLIS: Final = (*SLO_SLIS, SLO_ERRORS, SLO_ABORTS, SLO_CACHE, SLO_SPEED)
 _SYMBOL: Final = re.compile(r"[A-Za-z_.$][A-Za-z0-9_.$@]{0,255}")
 _USDT: Final = re.compile(r"[A-Za-z0-9_]{1,64}:[A-Za-z0-9_]{1,64}")
 _MAX_ARGUMENT: Final = 6
@@ -73,6 +91,11 @@ OFF: Final = "off"
 ON: Final = "on"
 _ON: Final = frozenset({"on", "true", "yes"})
 _OFF: Final = frozenset({"off", "false", "no"})
+
+ALERT_LABELS: Final = frozenset(
+    "alertname severity service_name model_name host sloth_id sloth_service sloth_slo sloth_severity".split()
+)
+"""Labels that the agent's alerts have of themselves."""
 
 RESERVED_LABELS: Final = RESERVED | frozenset("service stage env type probe instance job".split())
 """Label names that the metrics use themselves, that Prometheus adds, or that would clash in dashboards."""
@@ -192,19 +215,32 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 class Slo(msgspec.Struct, frozen=True):
-    """An objective: the fraction `target` of the observations of `sli` is at most `below_s` seconds.
+    """An objective: the fraction `target` of the events of `sli` is good.
 
-    `sli` is the value of a latency's `Sli`. `window_s` is its period. None for `service` or `model_name` means every
-    one.
+    `sli` is the value of a latency's `Sli` (good: at most `below` seconds), `decode_tokens_per_second` (good: a
+    response with `at_least` so many), `errors` (good: a request that did not fail for one of `reasons`), `aborts`
+    (good: one whose client stayed), `kv_cache_hit_ratio` (good: a prompt token that was looked up and found), or the
+    name of a kernel_ or gpu_ family (good: an observation of the histogram, or a minute of the gauge, that is at most
+    `below` or `at_least` so much, in the family's unit). `window_s` is its period. None for `service` or `model_name`
+    means every one.
     """
 
     name: str
     sli: str
-    below_s: float
+    below: float | None
     target: float
     window_s: int = 30 * 86400
     service: str | None = None
     model_name: str | None = None
+    at_least: float | None = None
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def below_s(self) -> float | None:
+        """The latency in seconds up to which an event is good; None where the objective is about something else."""
+        if self.sli == SLO_SPEED and self.at_least is not None:
+            return round(1 / self.at_least, 9)  # of the time per output token
+        return self.below if self.sli in SLO_SLIS else None
 
 
 class RecorderConfig(msgspec.Struct, frozen=True):
@@ -213,6 +249,17 @@ class RecorderConfig(msgspec.Struct, frozen=True):
     folder: str | None = None
     files: int = 20
     size: int = 256 * 2**20
+
+
+class Alertmanager(msgspec.Struct, frozen=True):
+    """An Alertmanager that the agent posts to itself: its URL, with the path before /api/v2/alerts where it has one.
+
+    `labels` come on every alert: what Prometheus has as external_labels, so that both say the same of one thing.
+    """
+
+    url: str
+    labels: dict[str, str] = {}
+    timeout_s: float = 2.0
 
 
 class Config(msgspec.Struct, frozen=True):
@@ -226,11 +273,19 @@ class Config(msgspec.Struct, frozen=True):
     recorder: RecorderConfig = RecorderConfig()
     gpu: GpuConfig = GpuConfig()
     probe_points: tuple[ProbePoint, ...] = ()
+    alertmanagers: tuple[Alertmanager, ...] = ()
+    web: WebConfig | None = None
+    """How /metrics is protected: from a file of its own (--web.config.file), so it is no key of this one."""
 
     @property
     def label_names(self) -> tuple[str, ...]:
         """Names of the configured labels of all services, sorted. A service without one has the value `NONE`."""
         return tuple(sorted({name for service in self.services for name in service.labels}))
+
+    @property
+    def scheme(self) -> str:
+        """How URLs of the agent begin: `https` where it has a certificate, else `http`."""
+        return "http" if self.web is None or self.web.tls is None else "https"
 
 
 def load(path: str | os.PathLike[str]) -> Config:
@@ -239,12 +294,12 @@ def load(path: str | os.PathLike[str]) -> Config:
     Raises `ConfigError` with `path` and, where there is one, the 1-based `line`.
     """
     name = os.fspath(path)
-    return _config(_document(_read_text(name), name))
+    return _config(document(read_text(name), name))
 
 
 def parse(text: str, path: str = "<config>") -> Config:
     """Check a configuration given as text; `path` is only named in errors. Raises `ConfigError`."""
-    return _config(_document(text, path))
+    return _config(document(text, path))
 
 
 def from_options(
@@ -346,26 +401,31 @@ def _name_for(match: Match) -> str:
 # ---- the file, down to a tree of nodes that know where they stand ----
 
 
-def _read_text(path: str) -> str:
+def read_regular(path: str, most: int = MAX_FILE_BYTES) -> bytes:
+    """The bytes of a regular file. Raises OSError, or ValueError where it is none or has more than `most` bytes."""
     # O_NONBLOCK: opening a FIFO that nobody writes to would otherwise hang for ever.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ValueError("it is not a regular file")
+        with open(fd, "rb", closefd=False) as file:
+            raw = file.read(most + 1)
+    finally:
+        os.close(fd)
+    if len(raw) > most:
+        raise ValueError(f"it is larger than {most} bytes")
+    return raw
+
+
+def read_text(path: str, option: str = "--config") -> str:
+    """The text of a YAML file that `option` named. Raises `ConfigError`."""
+    try:
+        raw = read_regular(path)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(
-            f"cannot read the configuration: {reason}", "check the path given with --config", path
+            f"cannot read the configuration: {reason}", f"check the path given with {option}", path
         ) from error
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise ConfigError("the configuration is not a regular file", "name a YAML file with --config", path)
-        with open(fd, "rb", closefd=False) as file:
-            raw = file.read(MAX_FILE_BYTES + 1)
-    finally:
-        os.close(fd)
-    if len(raw) > MAX_FILE_BYTES:
-        raise ConfigError(
-            f"the configuration is larger than {MAX_FILE_BYTES} bytes", "name a Footlight YAML file", path
-        )
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -373,7 +433,13 @@ def _read_text(path: str) -> str:
         raise ConfigError(f"byte {error.start} is not UTF-8", "save the file as UTF-8", path, line) from error
 
 
-def _document(text: str, path: str) -> _Value:
+def document(
+    text: str, path: str, when_empty: str = "name at least one service: see the README for an example"
+) -> Value:
+    """The root of the only YAML document in a text; `when_empty` is what to write where there is none.
+
+    `path` is only named in errors. Raises `ConfigError` for what is no YAML and for what no configuration needs.
+    """
     import yaml  # noqa: PLC0415 - 1.1 MiB that an agent started with --port need not hold
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -398,10 +464,8 @@ def _document(text: str, path: str) -> _Value:
             "a character is not allowed in YAML", "remove control characters from the file", path, line
         ) from error
     if root is None:
-        raise ConfigError(
-            "the configuration is empty", "name at least one service: see the README for an example", path, 1
-        )
-    return _Value(root, "", path)
+        raise ConfigError("the configuration is empty", when_empty, path, 1)
+    return Value(root, "", path)
 
 
 def _char_at(text: str, line: int, column: int) -> str:
@@ -434,7 +498,7 @@ def _refuse_traps(events: Iterable[yaml.Event], path: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Value:
+class Value:
     """A YAML node, with the place where it stands: `at` such as `services[0].match`, and its file."""
 
     node: Any  # a yaml.Node; its type stubs know neither `id` nor `style`
@@ -442,49 +506,50 @@ class _Value:
     path: str
 
     def fail(self, what: str, next_step: str) -> NoReturn:
+        """Raise `ConfigError` with this place."""
         raise ConfigError(
             f"{self.at}: {what}" if self.at else what, next_step, self.path, self.node.start_mark.line + 1
         )
 
-    def keys(self) -> dict[str, _Value]:
+    def keys(self) -> dict[str, Value]:
         """The entries of a mapping. Refuses duplicate keys and keys that are not text."""
         if self.node.id != "mapping":
             self.fail(
                 f"must be a mapping of keys to values, not {self.described()}",
                 "write `key: value` lines, indented with spaces",
             )
-        entries: dict[str, _Value] = {}
+        entries: dict[str, Value] = {}
         for key_node, value_node in self.node.value:
-            key = _Value(key_node, self.at, self.path)
+            key = Value(key_node, self.at, self.path)
             if key_node.id != "scalar":
                 key.fail("a key must be text", "write `key: value`")
             name = key_node.value
             if name in entries:
-                key.fail(f"the key {_shown(name)} is given twice", "keep one of the two")
-            entries[name] = _Value(value_node, f"{self.at}.{name}" if self.at else name, self.path)
+                key.fail(f"the key {shown(name)} is given twice", "keep one of the two")
+            entries[name] = Value(value_node, f"{self.at}.{name}" if self.at else name, self.path)
         return entries
 
-    def fields(self, *allowed: str, required: Sequence[str] = ()) -> dict[str, _Value]:
+    def fields(self, *allowed: str, required: Sequence[str] = ()) -> dict[str, Value]:
         """The entries of a mapping with known keys. Refuses others, with the nearest known one."""
         entries = self.keys()
         for key_node, _ in self.node.value:
             if key_node.value not in allowed:
-                _Value(key_node, self.at, self.path).fail(
-                    f"unknown key {_shown(key_node.value)}",
-                    f"{_did_you_mean(key_node.value, allowed)}allowed here: {', '.join(allowed)}",
+                Value(key_node, self.at, self.path).fail(
+                    f"unknown key {shown(key_node.value)}",
+                    f"{did_you_mean(key_node.value, allowed)}allowed here: {', '.join(allowed)}",
                 )
         for name in required:
             if name not in entries:
                 self.fail(f"the key '{name}' is missing", f"add `{name}:`")
         return entries
 
-    def items(self) -> list[_Value]:
+    def items(self) -> list[Value]:
         """The items of a list."""
         if self.node.id != "sequence":
             self.fail(f"must be a list, not {self.described()}", "write `[a, b]`, or one `- item` a line")
-        return [_Value(item, f"{self.at}[{index}]", self.path) for index, item in enumerate(self.node.value)]
+        return [Value(item, f"{self.at}[{index}]", self.path) for index, item in enumerate(self.node.value)]
 
-    def one_or_more(self, read: Callable[[_Value], T]) -> tuple[T, ...]:
+    def one_or_more(self, read: Callable[[Value], T]) -> tuple[T, ...]:
         """A single value or a list of them, without duplicates."""
         if self.node.id != "sequence":
             return (read(self),)
@@ -511,7 +576,7 @@ class _Value:
         """An absolute path."""
         path = self.text()
         if not path.startswith("/"):
-            self.fail(f"{_shown(path)} is not an absolute path", f"write one, such as {such_as}")
+            self.fail(f"{shown(path)} is not an absolute path", f"write one, such as {such_as}")
         return path
 
     def whole(self, low: int, high: int) -> int:
@@ -578,10 +643,11 @@ class _Value:
         if self.node.tag.endswith(":null") and not self.node.style:
             return "nothing"
         kind = {"int": "the number ", "float": "the number ", "bool": "the switch ", "timestamp": "the date "}
-        return kind.get(self.node.tag.rpartition(":")[2], "") + _shown(self.node.value)
+        return kind.get(self.node.tag.rpartition(":")[2], "") + shown(self.node.value)
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
+    """A text as an error message shows it: in quotes, escaped, and not long."""
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
@@ -594,7 +660,8 @@ def _time(seconds: float) -> str:
     return f"{seconds / unit[0]:g}{unit[1]}"
 
 
-def _did_you_mean(word: str, allowed: Sequence[str]) -> str:
+def did_you_mean(word: str, allowed: Sequence[str]) -> str:
+    """The beginning of a next step: the allowed word that is nearest; empty where none is near."""
     import difflib  # noqa: PLC0415 - only needed on the way out
 
     near = difflib.get_close_matches(word[:64].lower(), allowed, 1, 0.6)
@@ -604,8 +671,9 @@ def _did_you_mean(word: str, allowed: Sequence[str]) -> str:
 # ---- the tree, up to the typed configuration ----
 
 
-def _config(root: _Value) -> Config:
-    keys = root.fields(*Config.__struct_fields__, required=("services",))
+def _config(root: Value) -> Config:
+    allowed = (name for name in Config.__struct_fields__ if name != "web")
+    keys = root.fields(*allowed, required=("services",))
     services = _services(keys["services"])
     names = {service.name for service in services}
     return Config(
@@ -617,10 +685,11 @@ def _config(root: _Value) -> Config:
         recorder=_recorder(keys["recorder"]) if "recorder" in keys else RecorderConfig(),
         gpu=_gpu(keys["gpu"]) if "gpu" in keys else GpuConfig(),
         probe_points=_probe_points(keys["probe_points"], names) if "probe_points" in keys else (),
+        alertmanagers=_alertmanagers(keys["alertmanagers"]) if "alertmanagers" in keys else (),
     )
 
 
-def _listen(value: _Value) -> Address:
+def _listen(value: Value) -> Address:
     text = value.literal()  # YAML 1.1 reads some addresses as numbers to base 60
     try:
         return parse_address(text)
@@ -628,7 +697,7 @@ def _listen(value: _Value) -> Address:
         value.fail(error.what, error.next_step)
 
 
-def _services(value: _Value) -> tuple[Service, ...]:
+def _services(value: Value) -> tuple[Service, ...]:
     items = value.items()
     if not 1 <= len(items) <= MAX_SERVICES:
         value.fail(f"there are {len(items)} services", f"list 1 to {MAX_SERVICES} services")
@@ -637,18 +706,18 @@ def _services(value: _Value) -> tuple[Service, ...]:
         service = _service(item)
         for other in services:
             if other.name == service.name:
-                item.fail(f"the name {_shown(service.name)} is given twice", "give each service a name of its own")
+                item.fail(f"the name {shown(service.name)} is given twice", "give each service a name of its own")
             if other.match == service.match:
-                item.fail(f"matches the same processes as {_shown(other.name)}", "make the two matches differ")
+                item.fail(f"matches the same processes as {shown(other.name)}", "make the two matches differ")
         services.append(service)
     return tuple(services)
 
 
-def _service(value: _Value) -> Service:
+def _service(value: Value) -> Service:
     keys = value.fields(*Service.__struct_fields__, required=("name", "match"))
     name = keys["name"].text()
     if not _SERVICE_NAME.fullmatch(name):
-        keys["name"].fail(f"{_shown(name)} is not a service name", _SERVICE_NAME_RULE)
+        keys["name"].fail(f"{shown(name)} is not a service name", _SERVICE_NAME_RULE)
     return Service(
         name,
         _match(keys["match"]),
@@ -657,7 +726,7 @@ def _service(value: _Value) -> Service:
     )
 
 
-def _engine_metrics(value: _Value) -> str:
+def _engine_metrics(value: Value) -> str:
     text = value.literal()
     if text.lower() in _OFF:
         return OFF
@@ -670,19 +739,19 @@ def _engine_metrics(value: _Value) -> str:
         right = False
     if not right or not text.isprintable() or " " in text or len(text) > MAX_TEXT or url.username is not None:
         value.fail(
-            f"{_shown(text)} is not where an engine's metrics are",
+            f"{shown(text)} is not where an engine's metrics are",
             "write a URL such as http://127.0.0.1:8000/metrics, or `auto`, or `off`",
         )
     return text
 
 
-def _match(value: _Value) -> Match:
+def _match(value: Value) -> Match:
     keys = value.fields(*Match.__struct_fields__)
     if not keys:
         value.fail("no condition is given", f"give at least one of {', '.join(Match.__struct_fields__)}")
 
     def texts(name: str) -> tuple[str, ...]:
-        return keys[name].one_or_more(_Value.text) if name in keys else ()
+        return keys[name].one_or_more(Value.text) if name in keys else ()
 
     return Match(
         pid=keys["pid"].one_or_more(lambda item: item.whole(1, MAX_PID)) if "pid" in keys else (),
@@ -693,7 +762,7 @@ def _match(value: _Value) -> Match:
     )
 
 
-def _labels(value: _Value) -> dict[str, HeaderLabel]:
+def _labels(value: Value) -> dict[str, HeaderLabel]:
     labels: dict[str, HeaderLabel] = {}
     entries = value.keys()
     if len(entries) > MAX_LABELS:
@@ -702,19 +771,19 @@ def _labels(value: _Value) -> dict[str, HeaderLabel]:
         )
     for name, item in entries.items():
         if not _LABEL_NAME.fullmatch(name):
-            item.fail(f"{_shown(name)} is not a label name", "use letters, digits and _, and begin with a letter")
+            item.fail(f"{shown(name)} is not a label name", "use letters, digits and _, and begin with a letter")
         if name in RESERVED_LABELS:
             item.fail(f"the label name '{name}' is taken", "choose another name")
         labels[name] = _header_label(item)
     return labels
 
 
-def _header_label(value: _Value) -> HeaderLabel:
+def _header_label(value: Value) -> HeaderLabel:
     keys = value.fields("header", "values", required=("header", "values"))
     header = keys["header"].text()
     if not _HEADER_NAME.fullmatch(header):
         keys["header"].fail(
-            f"{_shown(header)} is not the name of an HTTP header", "write a name such as x-release-stage"
+            f"{shown(header)} is not the name of an HTTP header", "write a name such as x-release-stage"
         )
     values = keys["values"].one_or_more(_label_value)
     if len(values) > MAX_LABEL_VALUES:
@@ -724,18 +793,18 @@ def _header_label(value: _Value) -> HeaderLabel:
     return HeaderLabel(header.lower(), values)
 
 
-def _label_value(value: _Value) -> str:
+def _label_value(value: Value) -> str:
     text = value.literal()  # `no`, `1` and the like are values as good as any
     if not 0 < len(text) <= 128 or not text.isascii() or not text.isprintable() or text != text.strip():
         value.fail(
-            f"{_shown(text)} is not a label value", "use 1 to 128 printable ASCII characters, no space at either end"
+            f"{shown(text)} is not a label value", "use 1 to 128 printable ASCII characters, no space at either end"
         )
     if text in {OTHER, NONE}:
         value.fail(f"'{text}' is what the agent itself reports", "remove it: unlisted values are counted by themselves")
     return text
 
 
-def _probes(value: _Value) -> Probes:
+def _probes(value: Value) -> Probes:
     keys = value.fields(*Probes.__struct_fields__)
     gpu = _on_off_auto(keys.pop("gpu")) if "gpu" in keys else AUTO
     wanted = {name: item.switch() for name, item in keys.items()}
@@ -744,7 +813,7 @@ def _probes(value: _Value) -> Probes:
     return Probes(**wanted, gpu=gpu)
 
 
-def _on_off_auto(value: _Value) -> str:
+def _on_off_auto(value: Value) -> str:
     if value.node.id == "scalar" and value.node.value == AUTO:
         return AUTO
     if value.node.id != "scalar" or str(value.node.value).lower() not in _ON | _OFF:
@@ -752,7 +821,7 @@ def _on_off_auto(value: _Value) -> str:
     return ON if value.switch() else OFF
 
 
-def _limits(value: _Value) -> Limits:
+def _limits(value: Value) -> Limits:
     keys = value.fields(*Limits.__struct_fields__)
     default = Limits()
     models = keys["models_per_service"].whole(1, 4096) if "models_per_service" in keys else default.models_per_service
@@ -762,7 +831,7 @@ def _limits(value: _Value) -> Limits:
     return Limits(models, connections, memory, cpu)
 
 
-def _slos(value: _Value, services: AbstractSet[str]) -> tuple[Slo, ...]:
+def _slos(value: Value, services: AbstractSet[str]) -> tuple[Slo, ...]:
     slos: list[Slo] = []
     items = value.items()
     if len(items) > MAX_SLOS:
@@ -770,39 +839,163 @@ def _slos(value: _Value, services: AbstractSet[str]) -> tuple[Slo, ...]:
     for item in items:
         slo = _slo(item, services)
         if any(slo.name == other.name for other in slos):
-            item.fail(f"the name {_shown(slo.name)} is given twice", "give each objective a name of its own")
+            item.fail(f"the name {shown(slo.name)} is given twice", "give each objective a name of its own")
         slos.append(slo)
     return tuple(slos)
 
 
-def _slo(value: _Value, services: AbstractSet[str]) -> Slo:
-    keys = value.fields(*_SLO_KEYS, required=("name", "sli", "below", "target"))
+def _slo(value: Value, services: AbstractSet[str]) -> Slo:
+    keys = value.fields(*_SLO_KEYS, required=("name", "sli"))
     name = keys["name"].text()
     if not _SLO_NAME.fullmatch(name):
         keys["name"].fail(
-            f"{_shown(name)} is not the name of an objective", "use 1 to 63 of a-z 0-9 - and begin with a letter"
+            f"{shown(name)} is not the name of an objective", "use 1 to 63 of a-z 0-9 - and begin with a letter"
         )
     sli = keys["sli"].text()
-    if sli not in SLO_SLIS:
+    if sli not in _ALL_SLIS and not SLO_METRIC.fullmatch(sli):
         keys["sli"].fail(
-            f"unknown sli {_shown(sli)}", f"{_did_you_mean(sli, SLO_SLIS)}allowed here: {', '.join(SLO_SLIS)}"
+            f"unknown sli {shown(sli)}",
+            f"{did_you_mean(sli, _ALL_SLIS)}allowed here: {', '.join(_ALL_SLIS)}, or a kernel_ or gpu_ metric",
         )
-    target = keys["target"].percent(1.0)
-    if target == 1:
-        keys["target"].fail("100% leaves no room for a single slow request", "write less, such as 99.9%")
+    below, at_least, target = _slo_wants(value, sli, keys)
+    window_s = _slo_window(keys["window"]) if "window" in keys else 30 * 86400
+    reasons: tuple[str, ...] = SLO_REASONS[1:] if sli == SLO_ERRORS else ()
+    if "reasons" in keys:
+        if sli != SLO_ERRORS:
+            keys["reasons"].fail(f"is for objectives about {SLO_ERRORS}", "remove the line")
+        reasons = keys["reasons"].one_or_more(_slo_reason)
     model = keys["model_name"].text() if "model_name" in keys else "*"
-    return Slo(
-        name=name,
-        sli=sli,
-        below_s=keys["below"].duration(0.0001, 7680),
-        target=target,
-        window_s=round(keys["window"].duration(3600, 90 * 86400)) if "window" in keys else 30 * 86400,
-        service=_service_of(keys["service"], services) if "service" in keys else None,
-        model_name=None if model == "*" else model,
-    )
+    service = _service_of(keys["service"], services) if "service" in keys else None
+    if not sli.startswith(("kernel_", "gpu_")):
+        return Slo(name, sli, below, target, window_s, service, None if model == "*" else model, at_least, reasons)
+    labels = known_metrics()[sli].labels
+    for key, label, wanted in (("service", "service_name", service), ("model_name", "model_name", model)):
+        if wanted not in (None, "*") and label not in labels:
+            keys[key].fail(f"{sli} does not tell {key}s apart", "remove the line")
+    return Slo(name, sli, below, target, window_s, service, None if model == "*" else model, at_least)
 
 
-def _gpu(value: _Value) -> GpuConfig:
+def _slo_wants(value: Value, sli: str, keys: Mapping[str, Value]) -> tuple[float | None, float | None, float]:
+    """`below`, `at_least` and `target`, of which an objective has those that its sli needs."""
+
+    def need(key: str) -> Value:
+        if key not in keys:
+            value.fail(f"the key '{key}' is missing", f"add `{key}:`")
+        return keys[key]
+
+    def refuse(*unwanted: str) -> None:
+        for key in unwanted:
+            if key in keys:
+                keys[key].fail(f"has no meaning for {sli}", "remove the line")
+
+    if sli == SLO_CACHE:
+        refuse("below", "target")  # the ratio is the objective: it is good tokens by all
+        return None, None, _slo_percent(need("at_least"), "a token that is not found")
+    target = _slo_percent(need("target"), "a single bad event" if sli not in SLO_SLIS else "a single slow request")
+    if sli in SLO_SLIS:
+        refuse("at_least")
+        return need("below").duration(0.0001, 7680), None, target
+    if sli == SLO_SPEED:
+        refuse("below")
+        return None, _number(need("at_least"), 0.1, 10_000), target
+    if sli in (SLO_ERRORS, SLO_ABORTS):
+        refuse("below", "at_least")
+        return None, None, target
+    return (*_metric_wants(value, sli, keys), target)
+
+
+def _metric_wants(value: Value, sli: str, keys: Mapping[str, Value]) -> tuple[float | None, float | None]:
+    """`below` or `at_least` of a kernel_ or gpu_ family."""
+    known = known_metrics()
+    metric = known.get(sli)
+    if metric is None:
+        keys["sli"].fail(
+            f"there is no metric {shown(sli)}", f"{did_you_mean(sli, sorted(known))}see docs/metrics.md"
+        )
+    if metric.kind not in {"gauge", "histogram"}:
+        keys["sli"].fail(f"{sli} is a {metric.kind}", "an objective is about a histogram or a gauge")
+    given = [key for key in ("below", "at_least") if key in keys]
+    if len(given) != 1:
+        value.fail("give one of `below` and `at_least`", "add `below:` with the largest value that is good")
+    (key,) = given
+    if metric.kind == "histogram":
+        if key == "at_least":
+            keys[key].fail(f"{sli} is a histogram", "write `below:` with one of its bucket bounds")
+        return _bound_of(keys[key], metric.bounds), None
+    threshold = _in_unit(keys[key], metric.unit)
+    return (threshold, None) if key == "below" else (None, threshold)
+
+
+def _bound_of(value: Value, bounds: Sequence[float]) -> float:
+    """A time that is one of the bounds, which are kept in the kernel and cannot be added to."""
+    seconds = value.duration(bounds[0], bounds[-1])
+    for bound in bounds:
+        if abs(bound - seconds) < 1e-12:
+            return bound
+    below = max(bound for bound in bounds if bound < seconds)
+    above = min(bound for bound in bounds if bound > seconds)
+    value.fail(f"{value.described()} is no bucket bound", f"write {_exact_time(below)} or {_exact_time(above)}")
+
+
+def _exact_time(seconds: float) -> str:
+    unit = max((size, unit) for unit, size in _TIME_UNITS.items() if size <= seconds and size <= 1)
+    return f"{round(seconds / unit[0], 9):.12g}{unit[1]}"
+
+
+def _in_unit(value: Value, unit: str) -> float:
+    if unit == "bytes":
+        return value.size(1, 2**60)
+    if unit == "seconds":
+        return value.duration(1e-6, 366 * 86400)
+    if unit == "ratio":
+        return value.percent(1.0)
+    return _number(value, 0, 1e15)
+
+
+def _number(value: Value, low: float, high: float) -> float:
+    text = value.node.value if value.node.id == "scalar" and not value.node.style else ""
+    if not _DECIMAL.fullmatch(text) or not low <= float(text) <= high:
+        value.fail(f"must be a number from {low:g} to {high:g}, not {value.described()}", "write it without a unit")
+    return float(text)
+
+
+def _slo_percent(value: Value, one: str) -> float:
+    target = value.percent(1.0)
+    if target == 1:
+        value.fail(f"100% leaves no room for {one}", "write less, such as 99.9%")
+    return target
+
+
+def _slo_window(value: Value) -> int:
+    seconds = value.duration(3600, 90 * 86400)
+    if seconds < SLO_SHORTEST_S:
+        value.fail(
+            f"{value.described()} is shorter than the longest window of the burn rate",
+            f"write a period from {SLO_SHORTEST_S // 86400}d to 90d, such as 7d or 30d",
+        )
+    if seconds % 3600:
+        value.fail(f"{value.described()} is no whole number of hours", "write whole days or hours, such as 30d")
+    return round(seconds)
+
+
+def _slo_reason(value: Value) -> str:
+    reason = value.text()
+    if reason not in SLO_REASONS:
+        value.fail(
+            f"unknown reason {shown(reason)}",
+            f"{did_you_mean(reason, SLO_REASONS)}allowed here: {', '.join(SLO_REASONS)}",
+        )
+    return reason
+
+
+def known_metrics() -> Mapping[str, KnownMetric]:
+    """The kernel_ and gpu_ families, by their name in the text format, as the installed package lists them."""
+    from exporter.slo.catalogue import known  # noqa: PLC0415 - only an objective about one of them needs it
+
+    return known()
+
+
+def _gpu(value: Value) -> GpuConfig:
     keys = value.fields("library", "period", "devices")
     default = GpuConfig()
     devices = default.devices
@@ -817,7 +1010,7 @@ def _gpu(value: _Value) -> GpuConfig:
     )
 
 
-def _probe_points(value: _Value, services: AbstractSet[str]) -> tuple[ProbePoint, ...]:
+def _probe_points(value: Value, services: AbstractSet[str]) -> tuple[ProbePoint, ...]:
     points: list[ProbePoint] = []
     items = value.items()
     if len(items) > MAX_PROBE_POINTS:
@@ -825,19 +1018,19 @@ def _probe_points(value: _Value, services: AbstractSet[str]) -> tuple[ProbePoint
     for item in items:
         point = _probe_point(item, services)
         if any(point.name == other.name for other in points):
-            item.fail(f"the name {_shown(point.name)} is given twice", "give each probe point a name of its own")
+            item.fail(f"the name {shown(point.name)} is given twice", "give each probe point a name of its own")
         points.append(point)
     return tuple(points)
 
 
-def _probe_point(value: _Value, services: AbstractSet[str]) -> ProbePoint:
+def _probe_point(value: Value, services: AbstractSet[str]) -> ProbePoint:
     keys = value.fields(
         *ProbePoint.__struct_fields__, required=("name", "library", "hit_tokens", "looked_up_tokens")
     )
     name = keys["name"].text()
     if not _SLO_NAME.fullmatch(name):
         keys["name"].fail(
-            f"{_shown(name)} is not the name of a probe point", "use 1 to 63 of a-z 0-9 - and begin with a letter"
+            f"{shown(name)} is not the name of a probe point", "use 1 to 63 of a-z 0-9 - and begin with a letter"
         )
     library = keys["library"].text()
     if "/" in library:
@@ -846,10 +1039,10 @@ def _probe_point(value: _Value, services: AbstractSet[str]) -> ProbePoint:
         value.fail("give one of `symbol` and `usdt`", "name a function, or a USDT probe as provider:name")
     symbol = keys["symbol"].text() if "symbol" in keys else None
     if symbol is not None and not _SYMBOL.fullmatch(symbol):
-        keys["symbol"].fail(f"{_shown(symbol)} is not the name of a function", "write it as `nm -D` prints it")
+        keys["symbol"].fail(f"{shown(symbol)} is not the name of a function", "write it as `nm -D` prints it")
     usdt = keys["usdt"].text() if "usdt" in keys else None
     if usdt is not None and not _USDT.fullmatch(usdt):
-        keys["usdt"].fail(f"{_shown(usdt)} is not a USDT probe", "write provider:name")
+        keys["usdt"].fail(f"{shown(usdt)} is not a USDT probe", "write provider:name")
     numbers = {
         key: keys[key].whole(1, _MAX_ARGUMENT) for key in ("model", "hit_tokens", "looked_up_tokens") if key in keys
     }
@@ -867,18 +1060,63 @@ def _probe_point(value: _Value, services: AbstractSet[str]) -> ProbePoint:
     )
 
 
-def _service_of(value: _Value, services: AbstractSet[str]) -> str | None:
+def _service_of(value: Value, services: AbstractSet[str]) -> str | None:
     """The name of a configured service; None for `*`, which is every one."""
     name = value.text()
     if name == "*":
         return None
     if name not in services:
-        near = _did_you_mean(name, sorted(services))
-        value.fail(f"there is no service {_shown(name)}", f"{near}list it under services")
+        near = did_you_mean(name, sorted(services))
+        value.fail(f"there is no service {shown(name)}", f"{near}list it under services")
     return name
 
 
-def _recorder(value: _Value) -> RecorderConfig:
+def _alertmanagers(value: Value) -> tuple[Alertmanager, ...]:
+    found: list[Alertmanager] = []
+    items = value.items()
+    if len(items) > MAX_ALERTMANAGERS:
+        value.fail(f"there are {len(items)} Alertmanagers", f"list at most {MAX_ALERTMANAGERS}")
+    for item in items:
+        one = _alertmanager(item)
+        if any(one.url == other.url for other in found):
+            item.fail(f"the url {shown(one.url)} is given twice", "list each Alertmanager once")
+        found.append(one)
+    return tuple(found)
+
+
+def _alertmanager(value: Value) -> Alertmanager:
+    keys = value.fields("url", "labels", "timeout", required=("url",))
+    url = keys["url"].text()
+    if not _is_base_url(url):
+        keys["url"].fail(
+            f"{shown(url)} is not the URL of an Alertmanager", "write one such as http://127.0.0.1:9093"
+        )
+    labels = keys["labels"].keys() if "labels" in keys else {}
+    if len(labels) > MAX_ALERT_LABELS:
+        keys["labels"].fail(f"there are {len(labels)} labels", f"keep at most {MAX_ALERT_LABELS}")
+    for name, item in labels.items():
+        if not _LABEL_NAME.fullmatch(name):
+            item.fail(f"{shown(name)} is not a label name", "use letters, digits and _, and begin with a letter")
+        if name in ALERT_LABELS:
+            item.fail(f"the label name '{name}' is taken", "remove it: the agent sets it")
+    return Alertmanager(
+        url.rstrip("/"),
+        {name: _label_value(item) for name, item in labels.items()},
+        keys["timeout"].duration(0.1, 60) if "timeout" in keys else Alertmanager(url).timeout_s,
+    )
+
+
+def _is_base_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        known = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    plain = text.isascii() and text.isprintable() and " " not in text
+    return known and plain and not (parts.query or parts.fragment or parts.username or parts.password)
+
+
+def _recorder(value: Value) -> RecorderConfig:
     keys = value.fields(*RecorderConfig.__struct_fields__)
     default = RecorderConfig()
     folder = keys["folder"].absolute("/var/lib/footlight") if "folder" in keys else None

@@ -23,6 +23,7 @@ from typing import Final, NamedTuple
 from exporter.timeline import (
     BORN,
     FIRST,
+    GPU,
     IOWAIT,
     SAME_LOCK_BYTES,
     SAME_TIMED_LOCK_BYTES,
@@ -106,26 +107,24 @@ class Worker:
     depth: int
 
 
-def walk_on(
-    view: View, window: Window, workers: Sequence[Worker] = (), gpu_devices: frozenset[int] = frozenset()
-) -> tuple[list[Step], list[Worker]]:
+def walk_on(view: View, window: Window, workers: Sequence[Worker] = ()) -> tuple[list[Step], list[Worker]]:
     """`walk`, for a window that continues an earlier one: `workers` are what that one's call returned.
 
     Who worked for a request need not be traced back to its read again and again, so a view that reaches back to the
     earliest of them will do.
     """
-    made = _Walk(view, window, gpu_devices, workers)
+    made = _Walk(view, window, workers)
     steps = made.run()
     return steps, made.workers(steps)
 
 
-def walk(view: View, window: Window, gpu_devices: frozenset[int] = frozenset()) -> list[Step]:
+def walk(view: View, window: Window) -> list[Step]:
     """The critical path of `window`: contiguous steps in order of time, from its begin to its end exactly.
 
-    `view` must reach back to the request's arrival for the path to be complete. `gpu_devices` are the device numbers
-    by which `object` names a GPU's files. Returns an empty list for a window that ends before it begins.
+    `view` must reach back to the request's arrival for the path to be complete. Returns an empty list for a window that
+    ends before it begins.
     """
-    return walk_on(view, window, (), gpu_devices)[0]
+    return walk_on(view, window)[0]
 
 
 def totals(steps: Iterable[Step]) -> dict[Cause, int]:
@@ -357,15 +356,16 @@ def _is_near(address: int, other: int, timed: bool) -> bool:
     return abs(address - other) <= (SAME_TIMED_LOCK_BYTES if timed else SAME_LOCK_BYTES)
 
 
+def _span_cause(thread: Thread, position: int) -> Cause:
+    return Cause.gpu if thread.span_on_gpu[position] else Cause.memory
+
+
 class _Walk:
     """One walk. `_at` only goes down; everything from it to the end is charged."""
 
-    def __init__(
-        self, view: View, window: Window, gpu_devices: frozenset[int], workers: Sequence[Worker] = ()
-    ) -> None:
+    def __init__(self, view: View, window: Window, workers: Sequence[Worker] = ()) -> None:
         self._view = view
         self._window = window
-        self._gpu_devices = gpu_devices
         self._stalls = self._find_stalls()
         self._origin = _Origin(view, window, self._stalls, workers)
         self._begin = window.begin_ns
@@ -483,7 +483,7 @@ class _Walk:
             position = bisect_left(thread.span_begin, self._at) - 1
             while position >= 0 and self._at > begin_ns and thread.span_end[position] > begin_ns:
                 self._charge(max(begin_ns, thread.span_end[position]), Cause.on_cpu, detail)
-                self._charge(max(begin_ns, thread.span_begin[position]), Cause.memory)
+                self._charge(max(begin_ns, thread.span_begin[position]), _span_cause(thread, position))
                 position -= 1
         self._charge(begin_ns, Cause.on_cpu, detail)
 
@@ -549,8 +549,9 @@ class _Walk:
     def _leave_sleep(self, thread: Thread, index: int) -> None:
         """Charge the sleep that ended at `_at`, or go on with the thread that ended it."""
         off_ns, reason, waker = thread.off[index], thread.reasons[index], thread.wakers[index]
-        if self._in_reclaim(thread, off_ns):
-            self._charge(off_ns, Cause.memory)
+        in_span = self._in_span(thread, off_ns)
+        if in_span is not None:
+            self._charge(off_ns, in_span)
         elif thread.flags[index] & IOWAIT:
             self._charge(off_ns, Cause.disk)
         elif reason in _OWN_WAITS:
@@ -560,17 +561,20 @@ class _Walk:
         elif _POLL <= reason <= _PIPE:
             self._leave_message_wait(thread, index)
         elif reason == _DEVICE:
-            on_gpu = thread.objects[index] in self._gpu_devices
-            self._charge(off_ns, Cause.gpu if on_gpu else Cause.unexplained)
+            self._charge(off_ns, Cause.gpu if thread.flags[index] & GPU else Cause.unexplained)
         elif waker == _BY_TASK and thread.flags[index] & WAKER_TARGET:
             # A lock inside the kernel, or in WAIT_OTHER the wait for a child.
             self._leave_to_waker(thread, index, hand_over=reason == _OTHER)
         else:
             self._charge(off_ns, Cause.unexplained)
 
-    def _in_reclaim(self, thread: Thread, at_ns: int) -> bool:
-        position = bisect_right(thread.span_begin, at_ns) - 1
-        return position >= 0 and at_ns < thread.span_end[position]
+    def _in_span(self, thread: Thread, at_ns: int) -> Cause | None:
+        """The cause of the reclaim or the wait for a GPU that the thread is in; None: in neither."""
+        last = bisect_right(thread.span_begin, at_ns) - 1
+        for position in range(last, max(last - 2, -1), -1):  # a reclaim may be part of a wait
+            if at_ns < thread.span_end[position]:
+                return _span_cause(thread, position)
+        return None
 
     def _is_known(self, tid: int) -> bool:
         thread = self._view.thread(tid)

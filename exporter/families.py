@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from exporter.engines import EngineView
+    from exporter.probe_points import PointTotal
     from exporter.slis import Series
     from exporter.status import AgentStatus, ReaderStatus
+    from probes.gpu_report import GpuReport
 
 
 class Kind(Enum):
@@ -70,9 +73,13 @@ class Scrape:
     status: AgentStatus | None
     reader: ReaderStatus
     services: Sequence[str] = ()
-    """Names of the configured services, safe as label values, by index."""
+    """Names of the configured services, safe as label values, by index; empty for a place that nobody has."""
     kernel: Mapping[str, NDArray[np.void]] = field(default_factory=dict)
     """What each probe that counts has counted, by service: its C structure."""
+    gpus: GpuReport | None = None
+    """None where nobody looks, or the driver has not answered for long."""
+    engines: EngineView | None = None
+    points: Sequence[PointTotal] = ()
 
 
 # Values of the labels, and the sample. A histogram is read while the scrape lasts; nothing else runs then.

@@ -26,6 +26,7 @@ from probes.errors import HostError
 if TYPE_CHECKING:
     from exporter.cli.table import LiveTable
     from exporter.config import Address, Config
+    from exporter.machine import EngineRow, GpuRow
     from exporter.slis import Row
     from exporter.why import Explained
 
@@ -64,6 +65,14 @@ class Reader(Protocol):
     @property
     def address(self) -> Address | None:
         """Where /metrics is served; None where it is not."""
+
+    @property
+    def gpus(self) -> Sequence[GpuRow]:
+        """The GPUs of this host, as far as anybody looks."""
+
+    @property
+    def engines(self) -> Sequence[EngineRow]:
+        """What the engines of the services tell."""
 
     def stop(self) -> None:
         """End the agent in good order, with exit status 0, soon after this call."""
@@ -138,7 +147,7 @@ class ServeFront:
         except HostError as error:  # /proc mounted with hidepid
             log.info("attacher %d: %s", os.getppid(), error.what)
         if reader.address is not None:
-            log.info("serving http://%s/metrics", reader.address)
+            log.info("serving %s://%s/metrics", reader.config.scheme, reader.address)
 
     def finished(self, request: FinishedRequest) -> None:
         """Log nothing: requests are counted."""
@@ -257,11 +266,18 @@ class TopFront:
         if self._table is not None:
             table = self._table
             wall_s = self._clock.wall_ns() / 1e9
-            self._out.attempt(lambda: table.show(rows, reader.status, reader.config, reader.address, now_ns, wall_s))
+            beside = reader.gpus, reader.engines
+            self._out.attempt(
+                lambda: table.show(rows, reader.status, reader.config, reader.address, now_ns, wall_s, *beside)
+            )
             return
         at = rfc3339(self._clock.wall_ns())
+        engine_of = {(engine.service, engine.model): engine for engine in reader.engines}
         for row in rows:
-            self._out.line(json.dumps({"time": at, **row_object(row)}))
+            told = engine_object(engine_of.get((row.service, row.model)))
+            self._out.line(json.dumps({"time": at, **row_object(row), **told}))
+        for gpu in reader.gpus:
+            self._out.line(json.dumps({"time": at, "gpu": gpu_object(gpu)}))
 
 
 class TraceFront:
@@ -495,6 +511,22 @@ def rfc3339(wall_ns: int) -> str:
 
 def _or_dash(value: int | None) -> str:
     return "-" if value is None else str(value)
+
+
+def engine_object(engine: EngineRow | None) -> dict[str, Any]:
+    """What the row of a model says of its engine, as JSON types; null is what nobody tells."""
+    return {
+        "engine": None if engine is None else engine.engine,
+        "engine_running": None if engine is None else engine.running,
+        "engine_waiting": None if engine is None else engine.waiting,
+        "engine_kv_cache_usage_ratio": None if engine is None else engine.kv_cache_usage_ratio,
+    }
+
+
+def gpu_object(gpu: GpuRow) -> dict[str, Any]:
+    """A GPU as JSON types; null is what it does not tell."""
+    xids = [{"xid": code, "count": count} for code, count in gpu.xids]
+    return {**asdict(gpu), "xids": xids, "problem": gpu.problem or None}
 
 
 def row_object(row: Row) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def _rows(scrape: Scrape, probe: str) -> Iterator[tuple[str, NDArray[np.void]]]:
     """Each service's name and its counters of a probe; nothing where the probe is not up."""
     counters = scrape.kernel.get(probe)
     if counters is not None:
-        yield from zip(scrape.services, counters, strict=True)
+        yield from ((name, row) for name, row in zip(scrape.services, counters, strict=True) if name)
 
 
 def histogram_of(sum_ns: SupportsInt, counts: Iterable[SupportsInt]) -> Histogram:
@@ -73,6 +73,12 @@ def _off_cpu(scrape: Scrape) -> Iterator[Point]:
     for service, row in _rows(scrape, "scheduler"):
         for reason, ns in list(zip(OFF_CPU_REASONS, row["off_cpu_ns"], strict=True))[1:]:
             yield (service, reason), int(ns) / 1e9
+
+
+def _gpu_waits(scrape: Scrape) -> Iterator[Point]:
+    if scrape.status and scrape.status.gpu_devices:
+        for service, row in _rows(scrape, "scheduler"):
+            yield (service,), histogram_of(row["gpu_wait"]["sum_ns"], row["gpu_wait"]["counts"])
 
 
 def _resets(scrape: Scrape) -> Iterator[Point]:
@@ -135,6 +141,18 @@ def kernel_families() -> Sequence[Family]:
             "scheduler",
             "cpu_quota_ns",
             "Time that threads could run but had used up the CPU quota of their cgroup.",
+        ),
+        Family(
+            Spec(
+                "kernel_gpu_wait_seconds",
+                Kind.HISTOGRAM,
+                "Sleeps in ioctl, read or poll on a GPU's device files; absent where the host has none. A thread that "
+                "asks the GPU in a loop runs, and is not seen.",
+                _SERVICE,
+                "seconds",
+                BOUNDS,
+            ),
+            _gpu_waits,
         ),
         _count("kernel_cpu_migrations", "scheduler", "migrations", "Times that a thread went on on another CPU."),
         _count("kernel_context_switches", "scheduler", "switches", "Times that a thread left its CPU."),

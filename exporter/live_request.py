@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from exporter.request import Capture, Failure, FinishedRequest, Phase
-from probes.wire.openai import Api, RequestBody, ResponseBody, Usage, parse_frame
+from probes.wire.apis import Api, ParseFrame, RequestBody, ResponseBody, parser_of
 from probes.wire.sse import SseDecoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from exporter.slis import Series, Slis
+    from probes.wire.frames import Usage
     from probes.wire.http1 import ResponseHead
 
 _RATE_LIMITED: Final = 429
@@ -45,6 +46,7 @@ class Request:
         "_last_token_tid",
         "_longest_gap_ns",
         "_on_first_token",
+        "_parse",
         "_prompt_tokens",
         "_response_body",
         "_series",
@@ -52,6 +54,8 @@ class Request:
         "_sse",
         "_streamed",
         "_target",
+        "_turn",
+        "_wants_stream",
         "_wasted",
         "api",
         "arrived_ns",
@@ -93,7 +97,10 @@ class Request:
         self._on_first_token: Callable[[Request], None] | None = None
         self._target = ""
         self._body: RequestBody | None = None
+        self._turn: int | None = None
+        self._parse: ParseFrame | None = None
         self._streamed = False
+        self._wants_stream = False
         self._sse: SseDecoder | None = None
         self._response_body: ResponseBody | None = None
         self._first_token_ns: int | None = None
@@ -104,7 +111,7 @@ class Request:
         self._gap = False  # frames may be missing since the last one
         self._frames = 0
         self._wasted = 0
-        self._done_ns: int | None = None  # it said that it was complete: [DONE], or a choice's finish reason
+        self._done_ns: int | None = None  # it said that it was complete: [DONE] or the like, or why it ended
         self._error = False
         self._prompt_tokens: int | None = None
         self._completion_tokens: int | None = None
@@ -129,7 +136,8 @@ class Request:
         # A query string may hold secrets.
         self._target = target.partition(b"?")[0].decode("latin-1")
         self._slis = slis
-        self._body = RequestBody()
+        self._body = RequestBody(api)
+        self._parse = parser_of(api)
 
     def spoil(self, capture: Capture) -> None:
         """Something of the request was not seen. The first loss that is worse than an unseen arrival stays."""
@@ -156,6 +164,23 @@ class Request:
         """The same of its last token until now."""
         return None if self._last_token_ns is None else (self._last_token_ns, self._last_token_tid)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it was seen until now, from its first read on."""
+        return self._capture in _MILD
+
+    def awaits_first_token_since(self) -> int | None:
+        """When it arrived, where it asks for a stream that has no frame yet and did not fail; else None."""
+        waits = self._wants_stream and not self._frames and self._done_ns is None and not self._error
+        return self.arrived_ns if waits and (self.status is None or _succeeded(self.status)) else None
+
+    def longest_gap_by(self, now_ns: int) -> int | None:
+        """The longest time without a token after its first one, the one that lasts at that instant included."""
+        last_ns = self._last_token_ns
+        if last_ns is None or self._done_ns is not None:
+            return self._longest_gap_ns
+        return max(now_ns - last_ns, self._longest_gap_ns or 0)
+
     def said_done(self, by_ns: int) -> bool:
         """Tell whether the answer had said by then that it was complete, as streams do before their last byte."""
         return self._done_ns is not None and self._done_ns <= by_ns
@@ -179,6 +204,8 @@ class Request:
             return
         self._body = None
         body.finish()
+        self._turn = body.turn
+        self._wants_stream = body.stream
         if self.model is None:
             self.model = body.model
 
@@ -198,7 +225,7 @@ class Request:
         elif self._streamed:
             self._sse = SseDecoder()
         else:
-            self._response_body = ResponseBody()
+            self._response_body = ResponseBody(self.api)
 
     def take_answer(self, data: bytes, at_ns: int, client_left_ns: int | None) -> None:
         """Bytes of the response's body, handed over at `at_ns`."""
@@ -235,8 +262,8 @@ class Request:
         return not (body.broken and _succeeded(self.status))
 
     def _take_frame(self, data: bytes, at_ns: int, client_left_ns: int | None) -> None:
-        assert self.api is not None
-        frame = parse_frame(self.api, data)
+        assert self._parse is not None
+        frame = self._parse(data)
         if frame is None:
             self._take_riddle(data)
             return
@@ -287,8 +314,11 @@ class Request:
         self.model = said if self._body is None else self._body.model or said
 
     def _take_usage(self, usage: Usage) -> None:
-        """Remember the response's own counts; a later usage replaces an earlier one, for they are running totals."""
-        if usage.prompt_tokens is not None:
+        """Remember the response's own counts; a later usage replaces an earlier one, for they are running totals.
+
+        But not of the prompt, where it says less of it: Anthropic's first and last usage need not say the same.
+        """
+        if usage.prompt_tokens is not None and (usage.cached_tokens is not None or self._cached_tokens is None):
             self._prompt_tokens = usage.prompt_tokens
         if usage.completion_tokens is not None:
             self._completion_tokens = usage.completion_tokens
@@ -350,6 +380,7 @@ class Request:
             peer=self.peer,
             tgid=self.tgid,
             tid=self.tid,
+            turn=self._turn,
         )
 
     def _phase(self, left_ns: int) -> Phase:

@@ -14,6 +14,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -28,15 +29,24 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import CollectorRegistry
 from prometheus_client.utils import floatToGoString
 
+from exporter.cache_metrics import cache_families
+from exporter.cuda_metrics import cuda_families
+from exporter.engine_metrics import engine_families
 from exporter.families import Family, Kind, Point, Scrape, Spec
+from exporter.gpu_metrics import gpu_families
 from exporter.kernel_metrics import kernel_families
 from exporter.labels import safe
+from exporter.probe_points import probe_point_families
 from exporter.slis import QUANTILE_SLIS, QUANTILES, Histogram, Series, Sli, Slis
-from exporter.status import AgentStatus, ProbeStatus, ProcessUsage, ReaderStatus, TargetStatus
+from exporter.status import AgentStatus, ProbeStatus, ProcessUsage, ReaderStatus, ReloadStatus, TargetStatus
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from exporter.engines import EngineView
+    from exporter.probe_points import PointTotal
+    from probes.gpu_report import GpuReport
 
 
 def _per_series(get: Callable[[Series, int], float | Histogram | None]) -> Callable[[Scrape], Iterator[Point]]:
@@ -152,22 +162,7 @@ def _llm_families(slis: Slis) -> list[Family]:
             lambda s, _: s.wasted_tokens,
             "tokens",
         ),
-        counter(
-            "llm_prefix_cache_queries",
-            "Prompt tokens that were looked up in the KV cache, by usage.",
-            lambda s, _: s.cache_queries,
-        ),
-        counter(
-            "llm_prefix_cache_hits",
-            "Prompt tokens that were served from the KV cache, by usage.",
-            lambda s, _: s.cache_hits,
-        ),
-        gauge(
-            "llm_kv_cache_hit_ratio",
-            "Prefix cache hits by queries, last 5 minutes.",
-            Series.cache_hit_ratio,
-            "ratio",
-        ),
+        *cache_families(slis),
         gauge(
             "llm_prefill_tokens_per_second",
             "Uncached prompt tokens by time from read to first token, last 5 minutes; needs usage with cached tokens.",
@@ -293,6 +288,14 @@ def _per_target(get: Callable[[TargetStatus], int]) -> Callable[[Scrape], Iterat
     return points
 
 
+def _reload(get: Callable[[ReloadStatus], float]) -> Callable[[Scrape], Iterator[Point]]:
+    def points(scrape: Scrape) -> Iterator[Point]:
+        if scrape.status is not None and scrape.status.reload is not None:
+            yield (), get(scrape.status.reload)
+
+    return points
+
+
 def _agent_families(version: str, timer: Callable[[], float]) -> list[Family]:
     """The agent itself."""
 
@@ -376,6 +379,19 @@ def _agent_families(version: str, timer: Callable[[], float]) -> list[Family]:
             process,
             _per_process(lambda p: p.proportional_bytes),
             "bytes",
+        ),
+        gauge(
+            "footlight_config_last_reload_successful",
+            "1 when the configuration of now is the file's, 0 when that one was refused. Absent without a file.",
+            (),
+            _reload(lambda reload: int(reload.successful)),
+        ),
+        gauge(
+            "footlight_config_last_reload_success_timestamp_seconds",
+            "When the configuration was last read and taken, since the epoch.",
+            (),
+            _reload(lambda reload: reload.successful_at),
+            "seconds",
         ),
         Family(
             Spec("footlight_build", Kind.INFO, "What runs here.", ("version", "python_version")),
@@ -519,12 +535,32 @@ def _library_family(spec: Spec, points: Iterable[Point]) -> Metric:
     return family
 
 
-def _nothing_yet() -> AgentStatus | None:
+def _nothing() -> None:
     return None
+
+
+def _no_points() -> Sequence[PointTotal]:
+    return ()
 
 
 def _no_reader() -> ReaderStatus:
     return ReaderStatus(connections=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """What is asked at each scrape, beside the SLIs; every call must be quick.
+
+    `status` is what the attacher reported last, `reader` what the reader knows of itself, `kernel` what the probes have
+    counted for each service, `gpus` the last look at them, `engines` what the engines tell, `points` the probe points.
+    """
+
+    status: Callable[[], AgentStatus | None] = _nothing
+    reader: Callable[[], ReaderStatus] = _no_reader
+    kernel: Callable[[], Mapping[str, NDArray[np.void]]] = dict
+    gpus: Callable[[], GpuReport | None] = _nothing
+    engines: Callable[[], EngineView | None] = _nothing
+    points: Callable[[], Sequence[PointTotal]] = _no_points
 
 
 @functools.cache
@@ -537,38 +573,38 @@ def installed_version() -> str:
 
 
 class Metrics:
-    """Everything that /metrics says.
-
-    `status` gives what the attacher reported last, `reader` what the reader knows of itself, `kernel` what the probes
-    have counted for each of `services`; all are asked at each scrape and must be quick. `timer` is in seconds.
-    """
+    """Everything that /metrics says. `services` are names by the index that the kernel uses; `timer` is in seconds."""
 
     def __init__(
         self,
         slis: Slis,
-        status: Callable[[], AgentStatus | None] = _nothing_yet,
-        reader: Callable[[], ReaderStatus] = _no_reader,
-        kernel: Callable[[], Mapping[str, NDArray[np.void]]] = dict,
+        sources: Sources | None = None,
         services: Sequence[str] = (),
         version: str | None = None,
         timer: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._slis = slis
-        self._status = status
-        self._reader = reader
-        self._kernel = kernel
-        self._services = [safe(service) for service in services]
+        self._sources = sources or Sources()
+        self._services = services
         self._timer = timer
         self.version = installed_version() if version is None else version
-        self._families = [
-            *_llm_families(slis),
-            *kernel_families(),
-            *_coverage_families(slis),
-            *_agent_families(self.version, timer),
-        ]
+        self.rebuild()
         # Registering makes the library compare the names, so that no two families can clash.
         self.registry = CollectorRegistry()
         self.registry.register(self)
+
+    def rebuild(self) -> None:
+        """Make the families anew: the SLIs have other bounds."""
+        self._families = [
+            *_llm_families(self._slis),
+            *engine_families(),
+            *probe_point_families(),
+            *kernel_families(),
+            *gpu_families(),
+            *cuda_families(),
+            *_coverage_families(self._slis),
+            *_agent_families(self.version, self._timer),
+        ]
 
     @property
     def specs(self) -> tuple[Spec, ...]:
@@ -583,10 +619,13 @@ class Metrics:
             now_ns,
             began,
             self._slis.all_series(),
-            self._status(),
-            self._reader(),
-            self._services,
-            self._kernel(),
+            self._sources.status(),
+            self._sources.reader(),
+            [safe(service) if service else "" for service in self._services],
+            self._sources.kernel(),
+            self._sources.gpus(),
+            self._sources.engines(),
+            self._sources.points(),
         )
 
     def describe(self) -> Iterator[Metric]:

@@ -19,6 +19,10 @@ _QUESTIONS = {
         "kernel_*: why",
         "Counted in the kernel, per service. Histograms are right within a factor of two between their bounds.",
     ),
+    "gpu_": (
+        "gpu_*: the hardware",
+        "What NVIDIA's driver says, and what the CUDA probe counts where it is on. docs/dcgm.md has DCGM's names.",
+    ),
     "footlight_": ("footlight_*: the agent itself", "Everything that was lost, and what the agent costs."),
 }
 
@@ -31,6 +35,7 @@ What exactly each one means, and how it differs from what other tools call the s
 A value that was not measured is absent, never zero. Known values of `reason`, `phase` and `outcome` are there from
 the start, at zero. `model_name` has at most as many values per service as `limits: models_per_service` says, and two
 more: `_other` for all further names and those that the service refused, `_unknown` for requests that named none.
+Where a source does not tell requests apart, `api` and the configured labels are `_all`.
 """
 
 
@@ -42,7 +47,7 @@ def page() -> str:
     specs = Metrics(Slis()).specs
     parts = [_INTRODUCTION]
     for prefix, (title, text) in _QUESTIONS.items():
-        mine = [spec for spec in specs if spec.name.startswith(prefix)]
+        mine = [spec for spec in specs if spec.text_name().startswith(prefix)]
         parts.append(f"\n## {title}\n\n{text}\n\n{_HEAD}")
         parts.extend(_row(spec) for spec in mine)
     parts.append("\n## Bucket bounds, in seconds\n\n| metric | bounds |\n| --- | --- |\n")

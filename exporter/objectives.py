@@ -1,6 +1,6 @@
-"""Whether the objectives of the config hold now: what of the last minutes was within its threshold.
+"""Whether the objectives of the config hold now: what of the last minutes was good enough.
 
-A threshold is a bucket bound of its histogram (`bounds`), so what was good is counted and not estimated.
+A latency's threshold is a bucket bound of its histogram (`bounds`), so what was good is counted and not estimated.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from exporter.slis import Sli
+from exporter.slo.events import concerns, events_of, is_counted, latency_of
+from exporter.slo.words import good_event
 
 if TYPE_CHECKING:
     from exporter.config import Slo
-    from exporter.slis import Series, Slis
+    from exporter.slis import Series, Sli, Slis
 
 EVERY_NS: Final = 10_000_000_000
 SNAPSHOTS: Final = 31
 """Kept for each series and objective: five minutes."""
 FEWEST: Final = 20
-"""Of fewer observations nothing is said."""
+"""Of fewer events nothing is said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +32,20 @@ class Crossing:
     labels: tuple[str, ...]
     good: float
 
+    def __str__(self) -> str:
+        return (
+            f"{self.slo.name} does not hold for {' '.join(self.labels)}: "
+            f"{100 * self.good:.2f}% {good_event(self.slo)}, wanted {100 * self.slo.target:g}%"
+        )
+
 
 def bounds(slos: Iterable[Slo]) -> Mapping[str, Sequence[float]]:
     """The bucket bounds that the thresholds need, by SLI, as `Slis` takes them."""
     wanted: dict[str, list[float]] = {}
     for slo in slos:
-        wanted.setdefault(slo.sli, []).append(slo.below_s)
+        latency = latency_of(slo)
+        if latency is not None and slo.below_s is not None:
+            wanted.setdefault(latency.value, []).append(slo.below_s)
     return wanted
 
 
@@ -44,7 +53,7 @@ class Objectives:
     """Watches the series of `slis`."""
 
     def __init__(self, slos: Sequence[Slo], slis: Slis) -> None:
-        self._slos = slos
+        self._slos = [slo for slo in slos if is_counted(slo)]
         self._slis = slis
         self._history: dict[tuple[str, Series], deque[tuple[int, int]]] = {}
         self._missed: set[tuple[str, Series]] = set()
@@ -52,7 +61,11 @@ class Objectives:
 
     def threshold(self, series: Series, sli: Sli) -> float | None:
         """The strictest threshold of a latency in this series, in seconds; None without an objective."""
-        found = [slo.below_s for slo in self._slos if slo.sli == sli.value and _concerns(slo, series)]
+        found = [
+            slo.below_s
+            for slo in self._slos
+            if slo.sli == sli.value and slo.below_s is not None and concerns(slo, *series.labels[:2])
+        ]
         return min(found, default=None)
 
     def crossed(self, now_ns: int) -> list[Crossing]:
@@ -64,14 +77,14 @@ class Objectives:
         crossings = []
         for slo in self._slos:
             for series in self._slis.all_series():
-                if _concerns(slo, series):
+                if concerns(slo, *series.labels[:2]):
                     crossings += self._look(slo, series)
         return crossings
 
     def _look(self, slo: Slo, series: Series) -> list[Crossing]:
         key = (slo.name, series)
         history = self._history.setdefault(key, deque([(0, 0)], SNAPSHOTS))
-        now = _counted(slo, series)
+        now = events_of(slo, series)
         good, total = now[0] - history[0][0], now[1] - history[0][1]
         history.append(now)
         if total < FEWEST:
@@ -83,13 +96,3 @@ class Objectives:
             return []
         self._missed.add(key)
         return [Crossing(slo, series.labels, good / total)]
-
-
-def _concerns(slo: Slo, series: Series) -> bool:
-    service, model = series.labels[:2]
-    return slo.service in (None, service) and slo.model_name in (None, model)
-
-
-def _counted(slo: Slo, series: Series) -> tuple[int, int]:
-    """Observations within the threshold, and all."""
-    return series.histograms[Sli(slo.sli)].within(slo.below_s)

@@ -19,9 +19,13 @@ if TYPE_CHECKING:
     from exporter.config import Config
     from exporter.fronts import Front
     from probes.probe import Channel, StatsMap
+    from probes.probe_points import PointsMap
 
 CRASHED: Final = 70
 """Exit status of a reader that died of its own fault (EX_SOFTWARE); the attacher starts another one."""
+STATUS_PACKET: Final = b"S"
+CONFIG_PACKET: Final = b"C"
+"""The first byte of what the attacher sends: a report, or another configuration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,8 @@ class Inheritance:
     """What the attacher leaves to a reader: the streams and counters of every probe that is up, and the rest.
 
     `recordings` is the open folder of recordings, where one is configured.
-    `resumes` is set when an earlier reader died over the same rings.
+    `resumes` is set when an earlier reader died over the same rings. `room` is for how many services the probes count.
+    `points` are the slots of the probe points. A byte written to `reloads` asks the attacher to read the configuration again; None where it has no file.
     """
 
     config: Config
@@ -41,6 +46,9 @@ class Inheritance:
     attacher: int
     recordings: int | None
     resumes: bool
+    room: int
+    reloads: int | None
+    points: PointsMap | None
 
 
 def fork_reader(given: Inheritance) -> int:

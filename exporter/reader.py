@@ -10,24 +10,31 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 import uvicorn
 
-from exporter.config import Address
+from exporter.config import Address, Config
+from exporter.fronts import gpu_object
 from exporter.history import History
 from exporter.live import Live, Parts
-from exporter.metrics import Metrics, installed_version
+from exporter.machine import engine_rows, gpu_rows
+from exporter.metrics import Metrics, Sources, installed_version
 from exporter.objectives import Objectives, bounds
+from exporter.outside import Outside
+from exporter.parting import CONFIG_PACKET
 from exporter.paths import Paths
 from exporter.recorder import Recorder
 from exporter.recordings import WINDOW_S, RecordingFolder
+from exporter.reloading import MAX_ENCODED_BYTES, Changed, is_gone
 from exporter.requests import Conversations
 from exporter.slis import Slis
 from exporter.status import AgentStatus, Loss, ProbeLosses, ReaderStatus
@@ -36,15 +43,21 @@ from exporter.web import create_app, rehearse
 from exporter.why import encode
 from probes import privileges
 from probes.errors import FootlightError
+from probes.points_table import PointsTable
 from probes.records import RequestRecords
 from probes.service_stats import ServiceStats
 from probes.streams import Streams
 
 if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from exporter.machine import EngineRow, GpuRow
     from exporter.objectives import Crossing
     from exporter.parting import Inheritance
     from exporter.request import FinishedRequest
+    from exporter.slis import Series, Sli
     from exporter.trace_event import Recording
+    from exporter.web_config import WebConfig
     from exporter.why import Explained
 
 log = logging.getLogger("footlight")
@@ -56,7 +69,9 @@ LONGEST_PAUSE_S: Final = 0.25
 TICK_S: Final = 0.25
 RECORDER_SHARE: Final = 0.12
 """Part of the memory limit that the last minute's scheduling, TCP and block events may take."""
-_MAX_STATUS_BYTES: Final = 1 << 20
+RELOAD_S: Final = 5.0
+"""How long whoever asks for a reload waits for its outcome."""
+_MAX_PACKET_BYTES: Final = 2 * MAX_ENCODED_BYTES
 
 
 class _Server(uvicorn.Server):
@@ -71,7 +86,12 @@ class Reader:
     """What the fronts see, and the loop that drives everything."""
 
     def __init__(
-        self, given: Inheritance, records: RequestRecords, streams: Streams, counters: Sequence[ServiceStats]
+        self,
+        given: Inheritance,
+        records: RequestRecords,
+        streams: Streams,
+        counters: Sequence[ServiceStats],
+        points: PointsTable | None,
     ) -> None:
         self.config = given.config
         self.status: AgentStatus | None = None
@@ -81,6 +101,9 @@ class Reader:
             self.address = Address(host, port)
         limits = given.config.limits
         self.slis = Slis(given.config.label_names, limits.models_per_service, bounds(given.config.slos))
+        self._services = _by_place(given.config, given.room)
+        self._reloads = given.reloads
+        self._status_came = asyncio.Event()
         self._front = given.front
         self._records = records
         self._streams = streams
@@ -96,10 +119,14 @@ class Reader:
         self.paths: Paths | None = None
         if "intervals" in streams.dtypes:
             self.recorder = Recorder(
-                streams.dtypes, round(limits.memory * RECORDER_SHARE), [each.name for each in given.config.services]
+                streams.dtypes, round(limits.memory * RECORDER_SHARE), self._services
             )
             self.paths = Paths(
-                self.recorder.timeline, self._finished, self._explained, self._objectives.threshold, limits.cpu
+                self.recorder.timeline,
+                self._finished,
+                self._explained,
+                self._threshold,
+                limits.cpu,
             )
             self.slis.explains = True
             if given.resumes:
@@ -112,12 +139,18 @@ class Reader:
             limits.connections,
             None if self.paths is None else self.paths.first_token,
         )
+        outside = self._outside = Outside(given.config, self._services, points, resumes=given.resumes)
         self.metrics = Metrics(
             self.slis,
-            lambda: self.status,
-            self._own_status,
-            lambda: {each.probe: each.totals() for each in counters},
-            [service.name for service in given.config.services],
+            Sources(
+                lambda: self.status,
+                self._own_status,
+                lambda: {each.probe: each.totals() for each in counters},
+                outside.gpus,
+                lambda: outside.engines,
+                outside.points,
+            ),
+            self._services,
         )
         self._history = History(self.slis)
         self.live = Live(
@@ -128,6 +161,8 @@ class Reader:
                 self._own_status,
                 self.metrics.version,
                 None if self.paths is None else self.paths.recent,
+                gpus=lambda: [gpu_object(row) for row in self.gpus],
+                engines=lambda: [asdict(row) for row in self.engines],
             )
         )
         self._folder: RecordingFolder | None = None
@@ -140,6 +175,17 @@ class Reader:
         self._cpu_limit = limits.cpu
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
+    @property
+    def gpus(self) -> Sequence[GpuRow]:
+        """The GPUs of this host, as far as anybody looks."""
+        report = self._outside.gpus()
+        return () if report is None else gpu_rows(report)
+
+    @property
+    def engines(self) -> Sequence[EngineRow]:
+        """What the engines of the services tell."""
+        return engine_rows(self._outside.engines)
+
     def stop(self) -> None:
         """End the agent in good order, with exit status 0, soon after this call."""
         if not self._ended.done():
@@ -151,9 +197,10 @@ class Reader:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.stop)
         self._status_socket.setblocking(False)
-        loop.add_reader(self._status_socket.fileno(), self._take_status)
+        loop.add_reader(self._status_socket.fileno(), self._take_packets)
         async with asyncio.TaskGroup() as tasks:
             server = self._start_server(tasks)
+            self._outside.start()
             self._front.started(self)
             self._drain()
             self._tick()
@@ -162,16 +209,21 @@ class Reader:
             finally:
                 if server is not None:
                     server.should_exit = True
+        self._outside.stop()
         self._catch_up()
         self._front.stopped(self)
 
     def _drain_all(self) -> None:
         """Requests first: what their paths need was made before, so it comes with the streams after."""
+        self._take_packets()  # a record of a new service comes after the configuration that names it
         self._records.drain(self._conversations)
         if self.recorder is None:
             self._streams.skip_all()  # nobody needs them, and a full ring would count as loss
             return
         self._streams.drain(self.recorder.add)
+
+    def _threshold(self, series: Series, sli: Sli) -> float | None:
+        return self._objectives.threshold(series, sli)
 
     def _finished(self, request: FinishedRequest) -> None:
         if self.recorder is not None:
@@ -250,8 +302,9 @@ class Reader:
             lambda: self.status,
             why=None if self.paths is None else self._why,
             record=None if self.recorder is None else self._record,
+            reload=self._reload,
         )
-        server = _Server(_http(app))
+        server = _Server(_http(_guarded(app, self.config.web), self.config.web))
         tasks.create_task(server.serve(sockets=[self._listener]))
         return server
 
@@ -272,6 +325,7 @@ class Reader:
             self._conversations.sweep(now_ns)
             if self.paths is not None:
                 self.paths.round(now_ns)
+            self._outside.tick(self.config, self.status, self.slis, now_ns)
             self.slis.tick(now_ns)
             self._history.tick(now_ns)
             self._watch_objectives(now_ns)
@@ -292,17 +346,54 @@ class Reader:
                 raise
             self._ended.set_exception(error)
 
-    def _take_status(self) -> None:
+    def _take_packets(self) -> None:
+        """Take what the attacher sent, in its order."""
+        while True:
+            try:
+                packet = self._status_socket.recv(_MAX_PACKET_BYTES)
+            except BlockingIOError:
+                return
+            if not packet:
+                self.stop()
+                return
+            if packet[:1] == CONFIG_PACKET:
+                self._reconfigure(msgspec.json.decode(packet[1:], type=Changed))
+                continue
+            told = msgspec.json.decode(packet[1:], type=AgentStatus)
+            before, self.status = self.status, replace(told, probes=(*told.probes, *self._outside.probes()))
+            if self.recorder is not None:
+                self.recorder.note_losses(before, self.status)
+            self._status_came.set()
+            self._status_came.clear()
+
+    def _reconfigure(self, new: Changed) -> None:
+        """Go on with another configuration. Requests under way are followed to their end."""
+        config = self.config = msgspec.structs.replace(self.config, services=new.services, slos=new.slos)
+        self.slis.add_bounds(bounds(config.slos))
+        self._objectives = Objectives(config.slos, self.slis)
+        self._conversations.reconfigure(config.services)
+        self._services[:] = _by_place(config, len(self._services))
+        self.metrics.rebuild()
+
+    async def _reload(self) -> str | None:
+        """Have the configuration read again; returns why the old one stays, None where it does not."""
+        if self._reloads is None:
+            return "the targets were named by options, not by --config: there is nothing to read again"
+        before = self._reload_attempts()
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._reloads, b"r")
         try:
-            packet = self._status_socket.recv(_MAX_STATUS_BYTES)
-        except BlockingIOError:
-            return
-        if not packet:
-            self.stop()
-            return
-        before, self.status = self.status, msgspec.json.decode(packet, type=AgentStatus)
-        if self.recorder is not None:
-            self.recorder.note_losses(before, self.status)
+            async with asyncio.timeout(RELOAD_S):
+                while self._reload_attempts() == before:
+                    await self._status_came.wait()
+        except TimeoutError:
+            return f"the attacher did not answer within {RELOAD_S:g} s"
+        assert self.status is not None
+        assert self.status.reload is not None
+        return self.status.reload.problem or None
+
+    def _reload_attempts(self) -> int:
+        return self.status.reload.attempts if self.status and self.status.reload else 0
 
     def _own_status(self) -> ReaderStatus:
         losses = tuple(
@@ -320,21 +411,32 @@ def main(given: Inheritance) -> None:
         Streams(channel for channel in given.channels if channel.probe != "requests") as streams,
     ):
         counters = [ServiceStats(each) for each in given.stats]
+        points = None if given.points is None else PointsTable(given.points)
         keep = [fd for channel in given.channels for fd in channel.fds]
         keep.append(given.status_socket.fileno())
         if given.listener is not None:
             keep.append(given.listener.fileno())
         keep.extend(given.front.fds)
+        if given.reloads is not None:
+            keep.append(given.reloads)
         if given.recordings is not None:
             keep.append(given.recordings)
         given.status_socket.shutdown(socket.SHUT_WR)
         _import_the_rest(given)
         privileges.drop_to_nobody(keep, given.attacher)
-        asyncio.run(_run(given, records, streams, counters))
+        asyncio.run(_run(given, records, streams, counters, points))
 
 
-def _http(app: Callable[..., Awaitable[None]]) -> uvicorn.Config:
-    return uvicorn.Config(
+def _guarded(app: ASGIApp, web: WebConfig | None) -> ASGIApp:
+    if web is None:
+        return app
+    from exporter.web_guard import Guard  # noqa: PLC0415 - bcrypt, which an agent without users need not hold
+
+    return Guard(app, web)
+
+
+def _http(app: ASGIApp, web: WebConfig | None) -> uvicorn.Config:
+    config = uvicorn.Config(
         app,
         http="h11",
         ws="none",
@@ -347,6 +449,10 @@ def _http(app: Callable[..., Awaitable[None]]) -> uvicorn.Config:
         timeout_graceful_shutdown=1,
         limit_concurrency=64,
     )
+    config.load()
+    if web is not None:
+        config.ssl = web.tls  # uvicorn would read certificates by itself, which nobody may not
+    return config
 
 
 def _import_the_rest(given: Inheritance) -> None:
@@ -355,19 +461,29 @@ def _import_the_rest(given: Inheritance) -> None:
 
     installed_version()
     if given.listener is not None:
-        _http(_answer_nothing).load()
+        _http(_guarded(_answer_nothing, given.config.web), given.config.web)
         asyncio.run(rehearse())
     given.front.prepare()
 
 
-async def _answer_nothing(_scope: object, _receive: object, _send: object) -> None:
+def _by_place(config: Config, room: int) -> list[str]:
+    """The names of the services by the index that the kernel uses; empty for a place that nobody has."""
+    names = ["" if is_gone(service) else service.name for service in config.services]
+    return names + [""] * (room - len(names))
+
+
+async def _answer_nothing(_scope: Scope, _receive: Receive, _send: Send) -> None:
     """Stand in for the application while uvicorn finds its parts."""
 
 
 async def _run(
-    given: Inheritance, records: RequestRecords, streams: Streams, counters: Sequence[ServiceStats]
+    given: Inheritance,
+    records: RequestRecords,
+    streams: Streams,
+    counters: Sequence[ServiceStats],
+    points: PointsTable | None,
 ) -> None:
-    reader = Reader(given, records, streams, counters)
+    reader = Reader(given, records, streams, counters, points)
     # What exists now lives as long as the process: the collector need not look at it again.
     gc.collect()
     gc.freeze()

@@ -29,6 +29,8 @@ LOSSES: Final = {
     "lost_messages_ring_full": Stream.messages,
     "lost_spans_ring_full": Stream.spans,
     "spans_full": Stream.spans,
+    "lost_gpu_syncs_ring_full": Stream.spans,
+    "cuda_calls_full": Stream.spans,
 }
 """Reasons that the probes count, with the stream from which records are missing then."""
 _EVENTS_SHARE: Final = 0.05
@@ -53,6 +55,7 @@ class Recorder:
             "intervals": self.timeline.add_intervals,
             "messages": lambda records: self.timeline.add_messages(_plain(records)),
             "spans": self.timeline.add_spans,
+            "gpu_spans": self.timeline.add_spans,
             "names": self.timeline.add_names,
             **{name: kept.add for name, kept in self._events.items()},
         }

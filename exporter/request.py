@@ -87,3 +87,4 @@ class FinishedRequest:
     tgid: int
     tid: int
     causes: Causes | None = None  # None: it has no path
+    turn: int | None = None  # messages of the user in its conversation; None: not known, or it has none

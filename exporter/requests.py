@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 from exporter.config import NONE
 from exporter.live_request import Request
 from exporter.request import Capture, FinishedRequest
+from probes.wire.apis import api_of
 from probes.wire.http1 import (
     Body,
     Broken,
@@ -34,7 +35,6 @@ from probes.wire.http1 import (
     looks_like_request,
     looks_like_response,
 )
-from probes.wire.openai import api_of
 
 if TYPE_CHECKING:
     from exporter.config import Service
@@ -174,7 +174,7 @@ class Conversations:
         limit: int = 65536,
         on_first_token: Callable[[Request], None] | None = None,
     ) -> None:
-        self._services = services
+        self._label_names = label_names
         self._on_first_token = on_first_token
         self._slis = slis
         self._on_finished = on_finished
@@ -184,17 +184,22 @@ class Conversations:
         self._lingering: set[int] = set()
         self._next_abandoned_ns = 0
         self._numbers = itertools.count(1)
-        self._labels = [_label_readers(service, label_names) for service in services]
-        self._wanted_request: Final = frozenset(
-            label.header.encode("latin-1") for service in services for label in service.labels.values()
-        )
-        for service in services:
-            slis.service(service.name)
         slis.in_flight = self.in_flight
+        self.reconfigure(services)
 
     def __len__(self) -> int:
         """How many connections state is held for."""
         return len(self._connections)
+
+    def reconfigure(self, services: Sequence[Service]) -> None:
+        """Take other services: each stands where it stood, new ones behind them. The names of labels stay."""
+        self._services = services
+        self._labels = [_label_readers(service, self._label_names) for service in services]
+        self._wanted_request = frozenset(
+            label.header.encode("latin-1") for service in services for label in service.labels.values()
+        )
+        for service in services:
+            self._slis.service(service.name)
 
     def in_flight(self) -> Iterator[tuple[str, str | None, str, tuple[str, ...]]]:
         """(service, model, api, extra labels) of every LLM request under way."""
@@ -202,6 +207,12 @@ class Conversations:
             for request in connection.requests:
                 if request.api is not None:
                     yield request.service, request.model, request.api.value, request.extra
+
+    def under_way(self) -> Iterator[Request]:
+        """Every LLM request under way whose client has not left."""
+        for connection in self._connections.values():
+            if connection.requests and connection.client_left_ns is None:
+                yield from (request for request in connection.requests if request.api is not None)
 
     # ---- what happens to a connection ----
 

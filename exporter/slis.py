@@ -13,6 +13,7 @@ from enum import Enum, IntEnum, auto
 import numpy as np
 
 from exporter.critical_path import Cause
+from exporter.kv_cache import CacheSources, ModelCache
 from exporter.labels import OTHER, RESERVED, UNKNOWN, safe
 from exporter.quantiles import SLOT_NS, SLOTS, WindowSketch, WindowSums, quantiles_of
 from exporter.request import Capture, Failure, FinishedRequest, Phase
@@ -113,6 +114,14 @@ class Histogram:
         last = bisect_left(self._bounds_ns, round(seconds * 1e9))
         return sum(self.counts[: last + 1]), sum(self.counts)
 
+    def divide(self, bounds_ns: Sequence[int]) -> None:
+        """Go on with more bounds, the old ones among them. What a bucket held goes to the last of its parts."""
+        counts = [0] * (len(bounds_ns) + 1)
+        for bound_ns, count in zip(self._bounds_ns, self.counts, strict=False):
+            counts[bisect_left(bounds_ns, bound_ns)] = count
+        counts[-1] = self.counts[-1]
+        self._bounds_ns, self.counts = bounds_ns, counts
+
     def observe_many(self, values_ns: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
         """Count an array of values."""
         self.counts = [
@@ -133,6 +142,7 @@ class Series:
     """
 
     __slots__ = (
+        "_cache",
         "_counted_frames",
         "_refused",
         "aborts",
@@ -160,8 +170,10 @@ class Series:
         bounds_ns: Mapping[Sli, Sequence[int]],
         clock: Callable[[], int],
         refused: dict[Sli, int],
+        cache: ModelCache,
     ) -> None:
         self.labels = labels  # service_name, model_name, api, then the configured ones
+        self._cache = cache
         self.clock = clock
         self._refused = refused
         self.requests = 0
@@ -225,6 +237,7 @@ class Series:
         if request.capture is Capture.complete:
             self.sums.add(_Sum.COMPLETE, 1, now_ns)
         self._count_tokens(request, now_ns)
+        self._count_lookups(request, now_ns)
         self._measure_speed(request, now_ns)
         if request.capture is Capture.end_unseen:
             return
@@ -250,12 +263,19 @@ class Series:
             self.generated_tokens = (self.generated_tokens or 0) + generated
             # The frames were counted one token each as they passed; this puts it right.
             self.sums.add(_Sum.GENERATED, generated - request.frames, now_ns)
-        if request.prompt_tokens is not None and request.cached_tokens is not None:
-            hits = min(request.cached_tokens, request.prompt_tokens)
-            self.cache_queries = (self.cache_queries or 0) + request.prompt_tokens
-            self.cache_hits = (self.cache_hits or 0) + hits
-            self.sums.add(_Sum.CACHE_QUERIES, request.prompt_tokens, now_ns)
-            self.sums.add(_Sum.CACHE_HITS, hits, now_ns)
+
+    def _count_lookups(self, request: FinishedRequest, now_ns: int) -> None:
+        queries = request.prompt_tokens
+        if queries is None or request.cached_tokens is None:
+            self._cache.take_silence(_answered(request))
+            return
+        hits = min(request.cached_tokens, queries)
+        if not self._cache.take_usage(queries, hits, request.turn, now_ns):
+            return  # another source tells of this model's cache
+        self.cache_queries = (self.cache_queries or 0) + queries
+        self.cache_hits = (self.cache_hits or 0) + hits
+        self.sums.add(_Sum.CACHE_QUERIES, queries, now_ns)
+        self.sums.add(_Sum.CACHE_HITS, hits, now_ns)
 
     def _measure_speed(self, request: FinishedRequest, now_ns: int) -> None:
         first_ns, last_ns = request.first_token_ns, request.last_token_ns
@@ -312,7 +332,7 @@ class Series:
                 self.ttft_causes.add(_CAUSES.index(cause), round(ns), now_ns)
 
     def cache_hit_ratio(self, now_ns: int) -> float | None:
-        """Hits by queries of the prefix cache over the window; None without queries."""
+        """Hits by queries of the prefix cache over the window, by usage; None without queries."""
         return _ratio(self.sums.totals(now_ns), _Sum.CACHE_HITS, _Sum.CACHE_QUERIES)
 
     def prefill_rate(self, now_ns: int) -> float | None:
@@ -337,6 +357,13 @@ class Series:
         return None if sketch is None else sketch.quantiles(QUANTILES, now_ns)
 
 
+def _answered(request: FinishedRequest) -> bool:
+    """Tell whether the answer was seen to its end and is a success."""
+    if request.failure is not None or request.aborted is not None or request.capture not in _WHOLE:
+        return False
+    return request.status is not None and 200 <= request.status < 300
+
+
 def _generated(request: FinishedRequest) -> int | None:
     """Generated tokens: the response's own count, else its content frames, else unknown."""
     if request.completion_tokens is not None:
@@ -354,7 +381,8 @@ class Row:
 
     `failures` and `aborts` are numbers of requests. `coverage` is the share of requests that were captured completely.
     `tokens_per_second` counts a frame as one token until the response has told its usage. `why` is the cause that most
-    of the time to the first token was spent on, and its share; None where no cause is known.
+    of the time to the first token was spent on, and its share; None where no cause is known. Where the wire does not
+    tell of the cache, `cache_hit_ratio` is that of the model, whatever the API.
     """
 
     service: str
@@ -429,9 +457,23 @@ class Slis:
         self._bounds_ns = {sli: tuple(round(bound * 1e9) for bound in bounds) for sli, bounds in self.bounds.items()}
         self._models_per_service = models_per_service
         self._services: dict[str, _Service] = {}
+        self.caches = CacheSources(self._cache_labels)
         self._series: dict[tuple[str, ...], Series] = {}
         self._started_ns = clock()
         self._slot = 0
+
+    def add_bounds(self, extra: Mapping[str, Sequence[float]]) -> None:
+        """Add bucket bounds in seconds to latencies; those that are there stay.
+
+        Of what was counted before it is not known on which side of a new bound it was: it counts as above it.
+        """
+        for sli, bounds in _with_extra(extra, self.bounds).items():
+            if bounds == self.bounds[sli]:
+                continue
+            self.bounds[sli] = bounds
+            self._bounds_ns[sli] = tuple(round(bound * 1e9) for bound in bounds)
+            for series in self._series.values():
+                series.histograms[sli].divide(self._bounds_ns[sli])
 
     def service(self, name: str) -> None:
         """A service that the config names: what is counted for it exists from zero."""
@@ -450,21 +492,30 @@ class Slis:
         label of its own, and only while fewer than `models_per_service` have one. Any other new name is `_other`, and
         counted. None, or an empty name, is `_unknown`.
         """
-        known = self._service(service)
-        if not model:
-            label = UNKNOWN
-        else:
-            found = known.models.get(model)
-            if found is None and admit and len(known.models) < self._models_per_service:
-                found = known.models[model] = safe(model)
-            if found is None:
-                known.overflows += 1
-            label = found or OTHER
+        label = self._admitted(service, model, admit)
+        if label == OTHER:
+            self._service(service).overflows += 1
         labels = (safe(service), label, api, *map(safe, extra))
         series = self._series.get(labels)
         if series is None:
-            series = self._series[labels] = Series(labels, self._bounds_ns, self.clock, self.refused)
+            cache = self.caches.model(*labels[:2])
+            series = self._series[labels] = Series(labels, self._bounds_ns, self.clock, self.refused, cache)
         return series
+
+    def _admitted(self, service: str, model: str | None, admit: bool) -> str:
+        known = self._service(service)
+        if not model or model == UNKNOWN:
+            return UNKNOWN
+        if model == OTHER:
+            return OTHER
+        found = known.models.get(model)
+        if found is None and admit and len(known.models) < self._models_per_service:
+            found = known.models[model] = safe(model)
+        return found or OTHER
+
+    def _cache_labels(self, service: str, model: str | None) -> tuple[str, str]:
+        """The labels of a model that the engine or a probe point names: it gets one as if a request had named it."""
+        return safe(service), self._admitted(service, model, admit=True)
 
     def capture(self, service: str, outcome: Capture) -> None:
         """How much of a request was seen. Called once for each request, also for those without a series."""
@@ -481,6 +532,7 @@ class Slis:
         """Count everything that the series have gathered."""
         for series in self._series.values():
             series.flush(now_ns)
+        self.caches.settle(now_ns)
 
     def all_series(self) -> Sequence[Series]:
         """Every series, in the order of its labels."""
@@ -505,12 +557,13 @@ class Slis:
         A model that has no label of its own yet counts as `_other`: its first request has not been answered.
         """
         counted = Counter(
-            (safe(service), self._label(service, model), api, *map(safe, extra))
+            (safe(service), self.model_label(service, model), api, *map(safe, extra))
             for service, model, api, extra in self.in_flight()
         )
         return {labels: counted[labels] for labels in sorted(self._series.keys() | counted.keys())}
 
-    def _label(self, service: str, model: str | None) -> str:
+    def model_label(self, service: str, model: str | None) -> str:
+        """The label of a model that a request names and that was not answered yet: it is given to nobody new."""
         if not model:
             return UNKNOWN
         known = self._services.get(service)
@@ -530,12 +583,25 @@ class Slis:
         for labels, count in self.count_in_flight().items():
             in_flight[labels[:3]] += count
         return [
-            _row(labels, together.get(labels, []), in_flight[labels], seconds, now_ns)
+            _row(labels, together.get(labels, []), in_flight[labels], seconds, now_ns, self._told_ratio(labels, now_ns))
             for labels in sorted(together.keys() | in_flight.keys())
         ]
 
+    def _told_ratio(self, labels: tuple[str, ...], now_ns: int) -> float | None:
+        """What another source than the wire tells of the model's cache, where that is the one that counts."""
+        cache = self.caches.find(*labels[:2])
+        told = None if cache is None else cache.counted()
+        return None if told is None else told.ratio(now_ns)
 
-def _row(labels: tuple[str, ...], series: Sequence[Series], in_flight: int, seconds: float, now_ns: int) -> Row:
+
+def _row(
+    labels: tuple[str, ...],
+    series: Sequence[Series],
+    in_flight: int,
+    seconds: float,
+    now_ns: int,
+    told_ratio: float | None,
+) -> Row:
     nothing = (None,) * len(QUANTILES)
 
     def quantiles(sli: Sli) -> tuple[float | None, ...]:
@@ -560,7 +626,7 @@ def _row(labels: tuple[str, ...], series: Sequence[Series], in_flight: int, seco
         itl_p99=itl_p99,
         # Frames that left the window before their response told fewer tokens can make it negative.
         tokens_per_second=max(0, sums[_Sum.GENERATED]) / seconds,
-        cache_hit_ratio=_ratio(sums, _Sum.CACHE_HITS, _Sum.CACHE_QUERIES),
+        cache_hit_ratio=_ratio(sums, _Sum.CACHE_HITS, _Sum.CACHE_QUERIES) if told_ratio is None else told_ratio,
         failures=sums[_Sum.FAILURES],
         aborts=sums[_Sum.ABORTS],
         coverage=_ratio(sums, _Sum.COMPLETE, _Sum.CAPTURED),
@@ -577,8 +643,10 @@ def _largest_cause(by_series: Sequence[Sequence[int]]) -> tuple[str, float] | No
     return _CAUSES[sums.index(largest)].value, largest / whole
 
 
-def _with_extra(extra: Mapping[str, Sequence[float]]) -> dict[Sli, tuple[float, ...]]:
-    bounds: dict[Sli, tuple[float, ...]] = dict(BOUNDS)
+def _with_extra(
+    extra: Mapping[str, Sequence[float]], known: Mapping[Sli, tuple[float, ...]] = BOUNDS
+) -> dict[Sli, tuple[float, ...]]:
+    bounds: dict[Sli, tuple[float, ...]] = dict(known)
     for name, more in extra.items():
         sli = Sli(name)
         if not all(0 < bound < float("inf") for bound in more):

@@ -22,7 +22,7 @@ class ProbeStatus:
 
     `events` counts the records that were due, delivered or lost. `cpu_ns` and `runs` are the kernel's BPF run-time
     statistics over all programs of the probe; None where the kernel does not keep them.
-    `reason` says why the probe is not up; empty when it is.
+    `reason` says why the probe is not up; empty when it is. Without one that is not `required` the agent is ready.
     """
 
     name: str
@@ -32,6 +32,7 @@ class ProbeStatus:
     cpu_ns: int | None
     runs: int | None
     losses: tuple[Loss, ...]
+    required: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,19 @@ class ProcessUsage:
 
 
 @dataclass(frozen=True, slots=True)
+class ReloadStatus:
+    """How often the configuration was read again, how that went last, and when it went well last (since the epoch).
+
+    `problem` says why the old one stayed; empty where it did not.
+    """
+
+    attempts: int
+    successful: bool
+    successful_at: float
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
 class AgentStatus:
     """What the attacher reports. It crosses as JSON: msgspec encodes it, and checks every type when it decodes it.
 
@@ -102,6 +116,7 @@ class AgentStatus:
     services: tuple[ServiceProcesses, ...] = ()
     syscalls: tuple[SyscallLatency, ...] = ()
     gpu_devices: int | None = None
+    reload: ReloadStatus | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +153,7 @@ def why_not_ready(status: AgentStatus | None, now_ns: int) -> str | None:
         return f"the attacher has not reported for {age_ns / 1e9:.0f} s"
     if not status.probes:
         return "no probe is wanted"
-    down = [f"{probe.name}: {probe.reason or 'not attached'}" for probe in status.probes if not probe.up]
+    down = [f"{each.name}: {each.reason or 'not attached'}" for each in status.probes if each.required and not each.up]
     if down:
         return "not attached: " + "; ".join(down)
     return None

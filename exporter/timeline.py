@@ -94,7 +94,9 @@ TIMEOUT: Final = 4
 BORN: Final = 8
 FIRST: Final = 16
 WAKER_TARGET: Final = 32
+GPU: Final = 64
 SPAN_RECLAIM: Final = 1
+SPAN_GPU_SYNC: Final = 2
 _FOREVER_NS: Final = 2**64 - 1
 
 
@@ -320,6 +322,7 @@ class Thread:
         "received_sk",
         "span_begin",
         "span_end",
+        "span_on_gpu",
         "starts",
         "syscalls",
         "tgid",
@@ -349,6 +352,7 @@ class Thread:
         self.received_sk: list[int] = []
         self.span_begin: list[int] = []
         self.span_end: list[int] = []
+        self.span_on_gpu: list[bool] = []
 
     def run_at(self, at_ns: int) -> int:
         """The run that `at_ns` is in or after; -1: before what is known."""
@@ -581,8 +585,9 @@ class View:
         received = self._received(tid)
         thread.received, thread.received_sk = received["at_ns"].tolist(), received["sk"].tolist()
         spans = self._spans.group(tid)
-        reclaim = spans["kind"] == SPAN_RECLAIM if spans["kind"].size else np.zeros(0, np.bool_)
-        thread.span_begin, thread.span_end = spans["begin_ns"][reclaim].tolist(), spans["end_ns"][reclaim].tolist()
+        known = np.isin(spans["kind"], (SPAN_RECLAIM, SPAN_GPU_SYNC))
+        thread.span_begin, thread.span_end = spans["begin_ns"][known].tolist(), spans["end_ns"][known].tolist()
+        thread.span_on_gpu = (spans["kind"][known] == SPAN_GPU_SYNC).tolist()
         return thread
 
     def _with_older(self, tid: int, columns: dict[str, Column]) -> dict[str, Column]:

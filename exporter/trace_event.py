@@ -29,6 +29,7 @@ import numpy as np
 from exporter.labels import safe
 from exporter.timeline import (
     BORN,
+    GPU,
     READY_RACE_NS,
     SPAN_RECLAIM,
     THROTTLED,
@@ -277,7 +278,7 @@ class _Writer:
             if reason != Reason.CPU:
                 asleep_until = wake if off <= wake <= on else on
                 args = f'"syscall":{syscall}' if syscall != 0xFFFF else ""
-                name = _SLEEPS.get(reason, "asleep")
+                name = "gpu" if flags & GPU else _SLEEPS.get(reason, "asleep")
                 yield from self._thread_slice(name, tgid, tid, off, asleep_until, args)
             if off <= runnable < on:
                 name = "cpu quota" if flags & THROTTLED else "run queue"

@@ -7,7 +7,7 @@ import gzip
 import importlib.resources
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
 import msgspec
 from starlette.applications import Starlette
@@ -133,7 +133,7 @@ async def _plain_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     text = {
         404: "not here; try /metrics, /api/live, /api/why, /api/record, /-/ready, /-/healthy or /",
-        405: "only GET and HEAD are answered here",
+        405: "only GET and HEAD are answered here; /-/reload takes POST",
     }.get(error.status_code, error.detail)
     return PlainTextResponse(f"{text}\n", error.status_code, headers=error.headers)
 
@@ -145,12 +145,14 @@ def create_app(
     clock: Callable[[], int] = time.monotonic_ns,
     why: Callable[[], Iterable[bytes]] | None = None,
     record: Callable[[float], Iterable[bytes]] | None = None,
+    reload: Callable[[], Awaitable[str | None]] | None = None,
 ) -> Starlette:
     """The ASGI application.
 
     `live` has the page's data, `status` is what the attacher reported last, `clock` CLOCK_MONOTONIC in nanoseconds.
     `why` gives the JSON lines of requests that were explained, `record` the recording of the last seconds, in pieces;
-    None where the probes that they need are not wanted. Everything is answered on the loop that calls it, without a
+    None where the probes that they need are not wanted. `reload` has the configuration read again and says why the old
+    one stays, or None. Everything is answered on the loop that calls it, without a
     thread.
     """
 
@@ -202,6 +204,10 @@ def create_app(
             return PlainTextResponse(f"seconds must be a number above 0 and at most {WINDOW_S}\n", 400)
         return recording.answer(float(text))
 
+    async def reloaded(_: Request) -> Response:
+        problem = await reload() if reload is not None else "this agent cannot reload"
+        return PlainTextResponse("reloaded\n") if problem is None else PlainTextResponse(f"{problem}\n", 500)
+
     app = Starlette(
         routes=[
             Route("/api/why", explained, methods=_METHODS),
@@ -209,6 +215,7 @@ def create_app(
             Route("/metrics", expose, methods=_METHODS),
             Route("/-/healthy", healthy, methods=_METHODS),
             Route("/-/ready", ready, methods=_METHODS),
+            Route("/-/reload", reloaded, methods=["POST", "PUT"]),
             Route("/api/live", now, methods=_METHODS),
             Route("/api/history", past, methods=_METHODS),
             Route("/page/{name}", page, methods=_METHODS),

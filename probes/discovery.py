@@ -119,12 +119,31 @@ class Discovery:
         self._fs: Final = ProcFs(proc)
         self._listeners: Final[Listeners] = ListenerTable(self._fs) if listeners is None else listeners
         self._own: Final = {os.getpid()} if own is None else set(own)
-        self._services: Final = tuple(services)
-        self._rules: Final = tuple(_Rule(service.match) for service in services)
+        self._services = tuple(services)
+        self._rules = tuple(_Rule(service.match) for service in services)
         self._known: dict[int, _Process | None] = {}  # None: a kernel thread, which never matches
         self._tables: dict[int, dict[int, int]] = {}
         self._scans = 0
+        self._reconfigured = False
         self._namers: Final = self._ancestors()
+
+    def reconfigure(self, services: Sequence[Service]) -> None:
+        """Follow other rules from the next scan on; each service stands where it stood, new ones behind them.
+
+        What a process listened on before stays known, and whose child it is where that service's rule is the same.
+        """
+        changed = {
+            index
+            for index, (old, new) in enumerate(zip(self._services, services, strict=False))
+            if old.match != new.match
+        }
+        self._services = tuple(services)
+        self._rules = tuple(_Rule(service.match) for service in services)
+        for pid, process in self._known.items():
+            if process is not None:
+                process.services = self._matching(pid, process)
+                process.inherited = None if process.inherited in changed else process.inherited
+        self._reconfigured = True  # every process is a new one to the rules: its ports are looked at again
 
     def ignore(self, pid: int) -> None:
         """Never match this process: the agent's reader, for one."""
@@ -138,6 +157,7 @@ class Discovery:
         """
         self._scans += 1
         self._read_processes(self._fs.pids())
+        self._reconfigured = False
         self._read_ports()
         processes: dict[int, int] = {}
         ports: dict[tuple[int, int], int] = {}
@@ -198,7 +218,7 @@ class Discovery:
         for pid in pids:
             before = known.get(pid)
             if before is not None:
-                before.fresh = False
+                before.fresh = self._reconfigured
                 exe = self._fs.exe(pid)
                 young = self._scans - before.first_scan <= _YOUNG_SCANS
                 if exe == before.exe and not young and (pid + self._scans) % _REFRESH_SCANS:
@@ -228,8 +248,12 @@ class Discovery:
             now.first_scan, now.ports = before.first_scan, before.ports
         if before is not None and now.start == before.start:
             now.inherited = before.inherited
-        now.services = tuple(index for index, rule in enumerate(self._rules) if self._holds(rule, pid, now))
+        now.services = self._matching(pid, now)
         self._known[pid] = now
+
+    def _matching(self, pid: int, process: _Process) -> tuple[int, ...]:
+        """The services of which every condition but the port holds."""
+        return tuple(index for index, rule in enumerate(self._rules) if self._holds(rule, pid, process))
 
     def _holds(self, rule: _Rule, pid: int, process: _Process) -> bool:
         if rule.pid and not self._descends(pid, process.parent, rule.pid):

@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +30,12 @@ _LOG_LINES: Final = 200
 _LOG_LINE_BYTES: Final = 1 << 20
 _MESSAGE_CHARACTERS: Final = 2000
 _BATCH_BYTES: Final = 1 << 20
+_BPF_PROG_LOAD: Final = 5
+_BPF_LINK_CREATE: Final = 28
+_BPF_PROG_TYPE_KPROBE: Final = 2
+_BPF_TRACE_UPROBE_MULTI: Final = 48
+_BPF_F_UPROBE_MULTI_RETURN: Final = 1
+_SYS_BPF: Final = {"x86_64": 321, "aarch64": 280}
 
 MAP_TYPE_RINGBUF: Final = 27
 MAP_TYPE_PERF_EVENT_ARRAY: Final = 4
@@ -70,6 +76,9 @@ _PROTOTYPES: Final[dict[str, tuple[type | None, list[type]]]] = {
     "bpf_program__autoload": (ctypes.c_bool, [_pointer]),
     "bpf_program__set_autoload": (_int, [_pointer, ctypes.c_bool]),
     "bpf_program__attach": (_pointer, [_pointer]),
+    "bpf_program__set_expected_attach_type": (_int, [_pointer, _int]),
+    "bpf_program__attach_uprobe_opts": (_pointer, [_pointer, _int, _string, _size, _pointer]),
+    "bpf_program__attach_usdt": (_pointer, [_pointer, _int, _string, _string, _string, _pointer]),
     "bpf_link__destroy": (_int, [_pointer]),
     "btf__free": (None, [_pointer]),
     "btf__load_vmlinux_btf": (_pointer, []),
@@ -213,6 +222,115 @@ def enable_run_stats() -> int:
     return descriptor
 
 
+class _UprobeMulti(ctypes.Structure):
+    """The kernel's union bpf_attr, as BPF_LINK_CREATE reads it for a uprobe_multi link (linux/bpf.h, fixed ABI)."""
+
+    _fields_ = (
+        ("prog_fd", ctypes.c_uint32),
+        ("target_fd", ctypes.c_uint32),
+        ("attach_type", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("path", ctypes.c_uint64),
+        ("offsets", ctypes.c_uint64),
+        ("ref_ctr_offsets", ctypes.c_uint64),
+        ("cookies", ctypes.c_uint64),
+        ("cnt", ctypes.c_uint32),
+        ("multi_flags", ctypes.c_uint32),
+        ("pid", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+    )
+
+
+class _ProgramLoad(ctypes.Structure):
+    """The same for BPF_PROG_LOAD, up to the expected attach type."""
+
+    _fields_ = (
+        ("prog_type", ctypes.c_uint32),
+        ("insn_cnt", ctypes.c_uint32),
+        ("insns", ctypes.c_uint64),
+        ("license", ctypes.c_uint64),
+        ("log", ctypes.c_uint8 * 44),
+        ("expected_attach_type", ctypes.c_uint32),
+    )
+
+
+class _UprobeOptions(ctypes.Structure):
+    """libbpf's struct bpf_uprobe_opts, as of 1.0: later members are at the end, and `sz` says which there are."""
+
+    _fields_ = (
+        ("sz", ctypes.c_size_t),
+        ("ref_ctr_offset", ctypes.c_size_t),
+        ("bpf_cookie", ctypes.c_uint64),
+        ("retprobe", ctypes.c_bool),
+        ("func_name", ctypes.c_char_p),
+    )
+
+
+class _UsdtOptions(ctypes.Structure):
+    """libbpf's struct bpf_usdt_opts."""
+
+    _fields_ = (("sz", ctypes.c_size_t), ("usdt_cookie", ctypes.c_uint64))
+
+
+def _bpf(command: int, attributes: ctypes.Structure) -> int:
+    """The system call itself, for what libbpf 1.1 cannot ask: a descriptor, or a negative errno."""
+    number = _SYS_BPF.get(platform.machine())
+    if number is None:
+        return -errno.ENOSYS
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    call.restype = ctypes.c_long
+    size = ctypes.sizeof(attributes)
+    result = int(call(ctypes.c_long(number), ctypes.c_int(command), ctypes.byref(attributes), ctypes.c_uint(size)))
+    return result if result >= 0 else -ctypes.get_errno()
+
+
+@functools.cache
+def has_uprobe_multi() -> bool:
+    """Try whether one link can hold many uprobes of one process (Linux 6.6), which the kernel filters by process.
+
+    The first kernels filtered by thread; those that were mended refuse the tgid -1 before they look at the path.
+    """
+    return_0 = (ctypes.c_uint64 * 2)(0xB7, 0x95)
+    licence = ctypes.create_string_buffer(b"Dual BSD/GPL")
+    program = _ProgramLoad(
+        prog_type=_BPF_PROG_TYPE_KPROBE,
+        insn_cnt=len(return_0),
+        insns=ctypes.addressof(return_0),
+        license=ctypes.addressof(licence),
+        expected_attach_type=_BPF_TRACE_UPROBE_MULTI,
+    )
+    descriptor = _bpf(_BPF_PROG_LOAD, program)
+    if descriptor < 0:
+        return False
+    try:
+        made = _uprobe_multi(descriptor, "/", (0,), None, 0xFFFFFFFF, returns=False)
+    finally:
+        os.close(descriptor)
+    if made >= 0:
+        os.close(made)
+    return made == -errno.EINVAL
+
+
+def _uprobe_multi(
+    program: int, path: str, offsets: Sequence[int], cookies: Sequence[int] | None, tgid: int, *, returns: bool
+) -> int:
+    """The descriptor of the link, or a negative errno."""
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    places = (ctypes.c_uint64 * len(offsets))(*offsets)
+    values = (ctypes.c_uint64 * len(offsets))(*(cookies or (0,) * len(offsets)))
+    attributes = _UprobeMulti(
+        prog_fd=program,
+        attach_type=_BPF_TRACE_UPROBE_MULTI,
+        path=ctypes.addressof(name),
+        offsets=ctypes.addressof(places),
+        cookies=ctypes.addressof(values) if cookies else 0,
+        cnt=len(offsets),
+        multi_flags=_BPF_F_UPROBE_MULTI_RETURN if returns else 0,
+        pid=tgid,
+    )
+    return _bpf(_BPF_LINK_CREATE, attributes)
+
+
 def _strerror(error: int) -> str:
     text = ctypes.create_string_buffer(256)
     _library().libbpf_strerror(error, text, len(text))  # knows libbpf's own numbers too
@@ -280,6 +398,60 @@ class Link:
             _library().bpf_link__destroy(handle)
 
 
+class NoSuchProbeError(ProbeError):
+    """The file does not have what was to be attached to."""
+
+
+class UserLink:
+    """A program on uprobes of one file, until destroy() or the end of the process; whoever made it destroys it.
+
+    Its descriptors keep the breakpoints in the kernel, so a forked child closes its copies of them at once: else what
+    the parent detaches would stay for as long as the child lives. Any thread may destroy the links of `any_thread`.
+    """
+
+    def __init__(self, fds: Sequence[int], detach: Callable[[], object], *, any_thread: bool = False) -> None:
+        self.any_thread = any_thread
+        self._fds = tuple(fds)
+        self._detach: Callable[[], object] | None = detach
+        _user_links.add(self)
+
+    def destroy(self) -> None:
+        """Detach. It takes the kernel between 40 and 110 ms for each descriptor. A second call does nothing."""
+        detach, self._detach = self._detach, None
+        if detach is not None:
+            detach()
+        _user_links.discard(self)
+
+    def forget(self) -> None:
+        """In a forked child: give up the descriptors, which detaches nothing."""
+        destroying, self._detach = self._detach is None, None
+        for fd in self._fds:
+            # Another thread of the parent was closing it: the number may be another file's, but never another link's
+            # that this process needs.
+            if destroying and not _names_link(fd):
+                continue
+            os.close(fd)
+
+
+_user_links: set[UserLink] = set()
+
+
+def _names_link(fd: int) -> bool:
+    try:
+        return "link" in os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115 - no path, a kind
+    except OSError:
+        return False
+
+
+def _forget_user_links() -> None:
+    for link in list(_user_links):
+        link.forget()
+    _user_links.clear()
+
+
+os.register_at_fork(after_in_child=_forget_user_links)
+
+
 class Program:
     """One BPF program of an object. `section` says where it attaches, such as `tp/syscalls/sys_enter_write`."""
 
@@ -321,6 +493,74 @@ class Program:
         if not handle:
             raise self._attach_failure(ctypes.get_errno())
         return self._owner.adopt(Link(handle, self.name))
+
+    def set_uprobe_multi(self) -> None:
+        """Choose, before load(), that the program is for attach_uprobe_multi() and nothing else."""
+        self._owner.check_open()
+        result = _library().bpf_program__set_expected_attach_type(self._handle, _BPF_TRACE_UPROBE_MULTI)
+        _check(f"{self}: set_uprobe_multi", result)
+
+    def attach_uprobe_multi(
+        self, path: str, offsets: Sequence[int], cookies: Sequence[int], *, tgid: int = 0, returns: bool = False
+    ) -> UserLink:
+        """Attach to functions of the file, at `offsets` in it, each with its cookie; to their returns if `returns`.
+
+        Only in the process `tgid`, or where it is 0 in all that map the file. Raises HostError or ProbeError.
+        """
+        descriptor = _uprobe_multi(self.fd, path, offsets, cookies, tgid, returns=returns)
+        if descriptor < 0:
+            _log.clear()
+            raise _failure(f"cannot attach {self.name} to {len(offsets)} functions of {path}", -descriptor)
+        return UserLink((descriptor,), lambda: os.close(descriptor), any_thread=True)
+
+    def attach_uprobe(
+        self, path: str, offset: int, cookie: int, *, tgid: int = 0, returns: bool = False
+    ) -> UserLink:
+        """The same for one function, by a perf event: for kernels without has_uprobe_multi().
+
+        A cookie needs Linux 5.15: before, only 0 is taken.
+        """
+        options = _UprobeOptions(
+            sz=ctypes.sizeof(_UprobeOptions), bpf_cookie=cookie, retprobe=returns, func_name=None
+        )
+        return self._attach_to_file(
+            f"function at {offset:#x} of {path}",
+            lambda library: library.bpf_program__attach_uprobe_opts(
+                self._handle, tgid or -1, os.fsencode(path), offset, ctypes.byref(options)
+            ),
+            any_thread=True,
+        )
+
+    def attach_usdt(self, path: str, provider: str, name: str, cookie: int, *, tgid: int = 0) -> UserLink:
+        """Attach to every place in the file where the USDT probe is. The object needs the maps of bpf/usdt.bpf.h.
+
+        libbpf reads the file as ELF, and opens it without a look at what it is: a FIFO would hold it for ever. Raises
+        NoSuchProbeError where the file has none of that name.
+        """
+        options = _UsdtOptions(sz=ctypes.sizeof(_UsdtOptions), usdt_cookie=cookie)
+        return self._attach_to_file(
+            f"probe {provider}:{name} of {path}",
+            lambda library: library.bpf_program__attach_usdt(
+                self._handle, tgid or -1, os.fsencode(path), provider.encode(), name.encode(), ctypes.byref(options)
+            ),
+        )
+
+    def _attach_to_file(
+        self, what: str, attach: Callable[[ctypes.CDLL], int | None], *, any_thread: bool = False
+    ) -> UserLink:
+        self._owner.check_open()
+        _log.clear()
+        before = _descriptors()
+        ctypes.set_errno(0)
+        handle = attach(_library())
+        if not handle:
+            error = ctypes.get_errno()
+            if error == errno.ENOENT:
+                raise NoSuchProbeError(f"there is no {what}", "name another one, or another file")
+            raise _failure(f"cannot attach {self.name} to the {what}", error)
+        # libbpf tells the descriptor of a link, but not those of its perf events, nor those of a USDT probe.
+        made = sorted(_descriptors() - before)
+        return UserLink(made, lambda: _library().bpf_link__destroy(handle), any_thread=any_thread)
 
     def _attach_failure(self, error: int, sysfs: Path = Path("/sys")) -> FootlightError:
         kind, _, rest = self.section.partition("/")
@@ -406,10 +646,11 @@ class Map:
         return value.raw
 
     def update(self, key: bytes, value: bytes) -> None:
-        """Set the value of `key`. Raises ProbeError, also when the map is full."""
+        """Set the value of `key`; add to a queue, whose key is empty. Raises ProbeError, also when the map is full."""
         self._check_size("key", key, self.key_size)
         self._check_size("value", value, self.entry_size)
-        _check(f"{self}: update", _library().bpf_map_update_elem(self.fd, key, value, 0))
+        # A queue has no keys, and the kernel takes no pointer to none.
+        _check(f"{self}: update", _library().bpf_map_update_elem(self.fd, key or None, value, 0))
 
     def delete(self, key: bytes) -> bool:
         """Remove `key`; return whether it was there."""
@@ -489,6 +730,18 @@ def _check(what: str, result: int) -> int:
     if result < 0:
         raise _failure(what, -result)
     return int(result)
+
+
+def _descriptors() -> set[int]:
+    """The descriptors that this process has open."""
+    found = set()
+    for entry in list(Path("/proc/self/fd").iterdir()):
+        try:
+            os.fstat(int(entry.name))
+        except OSError:
+            continue  # the list's own
+        found.add(int(entry.name))
+    return found
 
 
 def _exists(path: Path) -> bool:

@@ -77,6 +77,17 @@ class Count(Enum):
     BLOCK_IOS_FULL = 31
     SEEN_SYSCALLS = 32
     SYSCALLS_FULL = 33
+    SEEN_LOOKUPS = 34
+    IMPLAUSIBLE_LOOKUPS = 35
+    MODEL_NAMES_CUT = 36
+    SLOTS_FULL = 37
+    SEEN_GPU_SYNCS = 38
+    LOST_GPU_SYNCS_RING_FULL = 39
+    CUDA_CALLS_FULL = 40
+    CUDA_RETURNS_UNSEEN = 41
+    ALLOCATIONS_FULL = 42
+    UNKNOWN_FREES = 43
+    NOT_ATTACHED = 44
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +227,16 @@ class Probe:
     def attach(self) -> None:
         """Attach every program. From here on targets pay for being watched."""
         self._object.attach()
+
+    def follow_processes(self, tgids: Mapping[int, int]) -> None:
+        """Put on these processes (tgid -> service) what is put on each by itself, and take it off all others.
+
+        Called once a second. Most probes have nothing of that kind: the kernel's events are everybody's.
+        """
+
+    def notes(self) -> tuple[str, ...]:
+        """What of it does not measure though it is attached, and why: a sentence for each."""
+        return ()
 
     def map(self, name: str) -> libbpf.Map:
         """A map of the object. Raises ProbeError."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Set as AbstractSet
+from typing import ClassVar, Final
 
 from probes import libbpf
 from probes.probe import Count, Probe, Stream
+
+_U32: Final = struct.Struct("=I")
+_YES: Final = b"\x01"
 
 
 class SchedulerProbe(Probe):
@@ -18,7 +23,7 @@ class SchedulerProbe(Probe):
         Stream("messages", "message", "at_ns", 1 / 112, Count.SEEN_MESSAGES, Count.LOST_MESSAGES_RING_FULL),
         Stream("names", "thread_name", "at_ns", 1 / 480, Count.SEEN_NAMES, Count.LOST_NAMES_RING_FULL),
     )
-    reasons: ClassVar[tuple[Count, ...]] = (Count.THREADS_FULL, Count.CLOCK_BACKWARDS)
+    reasons: ClassVar[tuple[Count, ...]] = (Count.UNREADABLE, Count.THREADS_FULL, Count.CLOCK_BACKWARDS)
     stats: ClassVar[str | None] = "scheduler_stats"
     # Linux 6.3 and later
     optional: ClassVar[Mapping[str, str]] = {
@@ -33,3 +38,18 @@ class SchedulerProbe(Probe):
         counter = offsets.get("__preempt_count", offsets.get("pcpu_hot"))
         if counter is not None and "runqueues" in offsets:
             self._object.set_global("preempt_count_distance", counter - offsets["runqueues"])
+
+    def follow_gpu_devices(self, numbers: AbstractSet[int]) -> None:
+        """Take waits on these character devices (major << 20 | minor) as waits for a GPU, and on no others.
+
+        At most `probes.devices.DEVICES_MAX`. Raises ProbeError.
+        """
+        table = self.map("gpu_devices")
+        there = {_U32.unpack(key)[0] for key, _ in table.items()}
+        if there == numbers:
+            return
+        for gone in there - numbers:
+            table.delete(_U32.pack(gone))
+        for number in numbers - there:
+            table.update(_U32.pack(number), _YES)
+        self.map("gpu_devices_cnt").update(_U32.pack(0), _U32.pack(len(numbers)))

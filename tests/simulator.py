@@ -537,15 +537,15 @@ def sleep(ns: int) -> Steps:
     yield Block(Reason.TIMER, 0, 230, ns)
 
 
-def reclaim(thread: Thread, run_ns: int, sleep_ns: int) -> Steps:
-    """Direct reclaim: some of it on the CPU, some of it asleep."""
+def reclaim(thread: Thread, run_ns: int, sleep_ns: int, kind: int = SPAN_RECLAIM) -> Steps:
+    """Direct reclaim, or a wait for a GPU: some of it on the CPU, some of it asleep."""
     begin_ns = thread.sim.now
     yield Run(run_ns)
     if sleep_ns:
         yield Block(Reason.OTHER, 0, NO_SYSCALL, sleep_ns, Waker.HARDIRQ)
     yield Run(run_ns)
     span = {"begin_ns": begin_ns, "end_ns": thread.sim.now, "tid": thread.tid, "tgid": thread.tgid}
-    thread.sim.spans.append(span | {"kind": SPAN_RECLAIM})
+    thread.sim.spans.append(span | {"kind": kind})
 
 
 # ---- requests ----

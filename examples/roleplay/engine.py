@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import select
 import signal
 import socket
@@ -16,6 +17,7 @@ import msgspec
 import numpy as np
 
 from examples.roleplay.kv_cache import BlockPool
+from examples.roleplay.lookups import LIBRARY, Announce, announcer, unannounced
 from examples.roleplay.model import Transformer
 from examples.roleplay.process import die_with_parent, name_thread
 from examples.roleplay.protocol import Abort, Finished, Frames, Gauges, Generate, Ready, Step, encode
@@ -96,6 +98,17 @@ def serve(engine: Engine, connection: socket.socket) -> None:
             connection.sendall(encode(engine.step()))
 
 
+def _announcer(model: str) -> Announce:
+    """What the scheduler announces its look-ups with; nothing where the library is missing, which `serve` has said."""
+    if not LIBRARY.exists():
+        return unannounced
+    try:
+        return announcer(model)
+    except (OSError, AttributeError) as error:
+        logging.getLogger("roleplay").warning("look-ups of %s cannot be watched: %s", model, error)
+        return unannounced
+
+
 def _finished(sequence: SequenceState, reason: Reason, now_ns: int) -> Finished:
     def between(start_ns: int, end_ns: int) -> float | None:
         return (end_ns - start_ns) / 1e9 if start_ns and end_ns else None
@@ -125,7 +138,13 @@ def main(model: str, fd: int, parent: int, prefix_cache: bool) -> None:
     name_thread(f"eng:{model}")
     transformer = Transformer(SHAPES[model])
     pool = BlockPool(SHAPES[model].blocks, remember=prefix_cache)
-    scheduler = Scheduler(pool, step_tokens=STEP_TOKENS, max_running=MAX_RUNNING, clock=time.monotonic_ns)
+    scheduler = Scheduler(
+        pool,
+        step_tokens=STEP_TOKENS,
+        max_running=MAX_RUNNING,
+        clock=time.monotonic_ns,
+        announce=_announcer(model),
+    )
     gc.freeze()
     with socket.socket(fileno=fd) as connection:
         try:

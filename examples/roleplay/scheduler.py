@@ -10,6 +10,7 @@ from enum import Enum
 import numpy as np
 
 from examples.roleplay.kv_cache import BLOCK_TOKENS, BlockPool, extend_digests
+from examples.roleplay.lookups import Announce, unannounced
 from examples.roleplay.model import Chunk
 from examples.roleplay.sampler import Choice
 from examples.roleplay.tokens import END, TokenArray
@@ -85,9 +86,20 @@ class Scheduler:
 
     Long prompts are computed over several steps, so they delay the others' next token by a step at most. When blocks
     run out, the sequence that was admitted last gives its blocks back and waits to be computed again (a preemption).
+
+    Each sequence is looked up in the prefix cache once, when it is first admitted; `announce` is told with each one. A
+    pool that remembers nothing is looked up too, and finds nothing.
     """
 
-    def __init__(self, pool: BlockPool, *, step_tokens: int, max_running: int, clock: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        step_tokens: int,
+        max_running: int,
+        clock: Callable[[], int],
+        announce: Announce = unannounced,
+    ) -> None:
         self.pool = pool
         self.waiting: deque[SequenceState] = deque()
         self.running: list[SequenceState] = []
@@ -97,6 +109,7 @@ class Scheduler:
         self._step_tokens = step_tokens
         self._max_running = max_running
         self._clock = clock
+        self._announce = announce
 
     @property
     def busy(self) -> bool:
@@ -188,9 +201,9 @@ class Scheduler:
             # A preempted sequence finds its own blocks again: that is no hit for the user.
             sequence.cached_tokens = sequence.computed
             sequence.scheduled_ns = self._clock()
-            if self.pool.remember:
-                self.prefix_queries += sequence.length
-                self.prefix_hits += sequence.computed
+            self.prefix_queries += sequence.length
+            self.prefix_hits += sequence.computed
+            self._announce(sequence.computed, sequence.length)
         return True
 
     def _grow(self, sequence: SequenceState, count: int) -> bool:

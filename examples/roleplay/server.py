@@ -21,6 +21,7 @@ import uvicorn
 from examples.roleplay.api import Api
 from examples.roleplay.engines import Engine
 from examples.roleplay.errors import Refusal
+from examples.roleplay.lookups import LIBRARY
 from examples.roleplay.metrics import ServiceMetrics
 from examples.roleplay.model import ModelShape
 from examples.roleplay.personas import PersonaStore
@@ -53,6 +54,8 @@ def serve(options: ServeOptions) -> None:
         raise Refusal(f"{options.personas} is no directory", "--personas DIRECTORY with a YAML file per persona")
     if options.loop == "uvloop" and importlib.util.find_spec("uvloop") is None:
         raise Refusal("uvloop is not installed", "pip install uvloop, or --loop asyncio")
+    if not LIBRARY.exists():
+        log.warning("%s is not built (make native): look-ups in the prefix cache cannot be watched", LIBRARY.name)
     raise_open_file_limit()
     name_thread("roleplay-api")
     with bind(options.host, options.port) as listener:

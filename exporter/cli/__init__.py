@@ -14,7 +14,7 @@ import click
 
 from probes.errors import ConfigError, FootlightError
 
-COMMANDS: Final = ("run", "top", "trace", "why", "record", "check", "demo")
+COMMANDS: Final = ("run", "top", "trace", "why", "record", "slo", "check", "demo")
 INTERRUPTED: Final = 130
 
 
@@ -169,6 +169,7 @@ def main() -> None:
       footlight why --port 8000               where the time of slow requests went
       footlight record --port 8000            20 seconds of everything, for ui.perfetto.dev
       footlight run --config footlight.yaml   serve /metrics for Prometheus
+      footlight slo rules --config FILE       its objectives as rules and alerts
 
     Data goes to stdout, logs to stderr. NO_COLOR is respected. Tab completion for bash (zsh and fish alike):
 

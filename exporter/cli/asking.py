@@ -1,15 +1,19 @@
-"""`--url` and `--read`: a command shows what a running agent or a file has, or measures by itself."""
+"""`--url` and `--read`: a command shows what a running agent or a file has, or measures by itself.
+
+An agent with a --web.config.file is asked with the certificates and the password in --http.config.file.
+"""
 
 from __future__ import annotations
 
 import functools
 import http.client
+import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +21,7 @@ import click
 from click.core import ParameterSource
 
 from exporter.cli import usage_error
+from exporter.cli.http_config import Access, load
 from exporter.cli.options import agent_options
 from probes.errors import FootlightError
 
@@ -26,28 +31,36 @@ TIMEOUT_S: Final = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Url:
-    """A running agent's address, such as `http://127.0.0.1:9466`."""
+    """A running agent's address, such as `http://127.0.0.1:9466`, and what it wants to see from who asks."""
 
     base: str
+    access: Access = field(default_factory=Access)
 
     def open(self, path: str, **query: str) -> AbstractContextManager[http.client.HTTPResponse]:
         """GET a page. Raises FootlightError where there is no agent, or where it does not have that page."""
         target = f"{self.base.rstrip('/')}{path}{'?' if query else ''}{urllib.parse.urlencode(query)}"
         # an agent is on this host or in this network: what proxies the environment names are not asked
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=self.access.tls)
+        )
+        request = urllib.request.Request(target)
+        if self.access.authorization is not None:
+            request.add_unredirected_header("authorization", self.access.authorization)
         try:
-            response: http.client.HTTPResponse = opener.open(target, timeout=TIMEOUT_S)
+            response: http.client.HTTPResponse = opener.open(request, timeout=TIMEOUT_S)
         except urllib.error.HTTPError as error:
             with error:
                 said = error.read(500).decode("utf-8", "replace").strip()
-            raise FootlightError(
-                f"{target} answered {error.code}: {said}", "an agent of this version: footlight run"
-            ) from error
+            step = "an agent of this version: footlight run"
+            if error.code == 401:
+                step = "--http.config.file FILE, with basic_auth: {username: NAME, password_file: FILE}"
+            raise FootlightError(f"{target} answered {error.code}: {said}", step) from error
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
-            raise FootlightError(
-                f"no agent answers at {self.base}: {reason}", "footlight run --port PORT, or its --listen address"
-            ) from error
+            step = "footlight run --port PORT, or its --listen address"
+            if isinstance(reason, ssl.SSLError):
+                step = "--http.config.file FILE, with tls_config: {ca_file: FILE}, cert_file and key_file"
+            raise FootlightError(f"no agent answers at {self.base}: {reason}", step) from error
         return response
 
 
@@ -60,24 +73,33 @@ def agent_or_url(*, level: int, reads: bool = False) -> Callable[[Callable[..., 
     def decorate(command: Callable[..., int]) -> Callable[..., int]:
         live = agent_options(serves=False, level=level)(command)
         shared: list[click.Parameter] = getattr(live, "__click_params__")  # noqa: B009 - click's own, untyped
-        names = [str(parameter.name) for parameter in shared]
+        names = {str(parameter.name): parameter.opts[0] for parameter in shared}
 
         @functools.wraps(live)
-        def wrapped(url: str | None, read: Path | None = None, **options: Any) -> int:  # noqa: ANN401 - its own options
+        def wrapped(
+            url: str | None,
+            http_config: Path | None,
+            read: Path | None = None,
+            **options: Any,  # noqa: ANN401 - its own options
+        ) -> int:
+            if http_config is not None and url is None:
+                raise usage_error("--http.config.file is for asking", "add --url https://ADDRESS")
             if url is None and read is None:
                 return live(**options)
             used = "url" if read is None else "read"
             if url is not None and read is not None:
                 raise usage_error("--url and --read cannot be given together", "keep one of the two")
             context = click.get_current_context()
-            for name in names:
+            for name, option in names.items():
                 if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
                     raise usage_error(
-                        f"--{used} and --{name.replace('_', '-')} cannot be given together",
+                        f"--{used} and {option} cannot be given together",
                         f"--{used} alone: what is there has its targets",
                     )
             own = {name: value for name, value in options.items() if name not in names}
-            return command(read if url is None else Url(_checked(url)), **own)
+            if url is None:
+                return command(read, **own)
+            return command(Url(_checked(url), Access() if http_config is None else load(http_config)), **own)
 
         if reads:
             wrapped = click.option(
@@ -86,6 +108,13 @@ def agent_or_url(*, level: int, reads: bool = False) -> Callable[[Callable[..., 
                 metavar="FILE",
                 help="Show what --json printed before; - is stdin. Needs no root.",
             )(wrapped)
+        wrapped = click.option(
+            "--http.config.file",
+            "http_config",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="With --url: basic_auth and tls_config of an agent with --web.config.file, in promtool's form.",
+        )(wrapped)
         return click.option(
             "--url",
             metavar="URL",

@@ -25,15 +25,19 @@ _READER: Final = "reader's privileges"
 def check(config: Path | None, as_json: bool) -> int:
     """Say what this host can do, what each process of the agent may do, and what to mend.
 
-    Changes nothing. Exits with 0 when the agent can run here, 3 when not, 4 when the configuration is wrong.
+    Changes nothing. Asks the engines that a configuration names for their metrics, once. Exits with 0 when the agent
+    can run here, 3 when not, 4 when the configuration is wrong.
 
     \b
     Examples:
       footlight check
       footlight check --config footlight.yaml --json
     """
+    from exporter.cli import findings
+
     checks = [*host.examine().checks, reader_check()]
     error: ConfigError | None = None
+    wanted: Config | None = None
     if config is not None:
         try:
             wanted = load(config)
@@ -42,6 +46,8 @@ def check(config: Path | None, as_json: bool) -> int:
             error = wrong
             place = wrong.path if wrong.line is None else f"{wrong.path}:{wrong.line}"
             checks.append(Check("configuration", False, True, f"{place}: {wrong.what}", wrong.next_step))
+    if error is None:
+        checks += findings.examine(wanted)
     for finding in checks:
         click.echo(_as_json(finding) if as_json else _as_text(finding))
     if error is not None:

@@ -7,26 +7,34 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 import msgspec
 
 from exporter.cli import set_up_log, usage_error
 from exporter.config import MAX_PID, Config, from_options, load, parse_address
+from exporter.reloading import Source
 from probes.errors import ConfigError
+
+if TYPE_CHECKING:
+    from exporter.web_config import WebConfig
 
 TARGET_OPTIONS: Final = ("--port", "--pid", "--exe", "--cmdline", "--cgroup")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the shared options asked for. `waits`: a target that is not there yet is waited for."""
+    """What the shared options asked for. `waits`: a target that is not there yet is waited for.
+
+    `source` is where the configuration came from; None where options named the targets.
+    """
 
     config: Config
     transport: str
     serves: bool
     waits: bool
+    source: Source | None = None
 
 
 def checked_address(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -56,6 +64,7 @@ def agent_options(*, serves: bool, level: int) -> Callable[[Callable[..., int]],
             cgroup: tuple[str, ...],
             service: str | None,
             listen: str | None,
+            web_config: Path | None,
             transport: str,
             wait: bool,
             verbose: int,
@@ -65,26 +74,43 @@ def agent_options(*, serves: bool, level: int) -> Callable[[Callable[..., int]],
             given = any((port, pid, exe, cmdline, cgroup, service))
             if config is not None and given:
                 raise usage_error("--config and target options cannot be given together", "keep one of the two")
+            serving = serves or listen is not None
+            if web_config is not None and not serving:
+                raise usage_error("--web.config.file protects what is served", "add --listen ADDRESS")
+            web = None if web_config is None else _load_web(web_config)
+            source = None
             if config is not None:
-                wanted = load(config)
-                if listen is not None:
-                    wanted = msgspec.structs.replace(wanted, listen=parse_address(listen))
+                source = Source(config, functools.partial(_load, config, listen, web))
+                wanted = source.read()
             elif any((port, pid, exe, cmdline, cgroup)):
                 wanted = from_options(
                     pid=pid, port=port, exe=exe, cgroup=cgroup, cmdline=cmdline, service=service, listen=listen
                 )
+                wanted = msgspec.structs.replace(wanted, web=web)
             else:
                 context = click.get_current_context()
                 raise usage_error(
                     "no target is named",
                     f"{context.command_path} --port 8000, or {', '.join(TARGET_OPTIONS[1:])}, or --config FILE",
                 )
-            asked = Request(wanted, transport, serves or listen is not None, wait or config is not None)
+            asked = Request(wanted, transport, serving, wait or config is not None, source)
             return command(asked, **own)
 
         return _with_options(wrapped, serves)
 
     return decorate
+
+
+def _load_web(path: Path) -> WebConfig:
+    from exporter import web_config
+
+    return web_config.load(path)
+
+
+def _load(path: Path, listen: str | None, web: WebConfig | None) -> Config:
+    """The file's configuration of now; how answers are protected stays what it was when the agent began."""
+    config = msgspec.structs.replace(load(path), web=web)
+    return config if listen is None else msgspec.structs.replace(config, listen=parse_address(listen))
 
 
 def _with_options(command: Callable[..., int], serves: bool) -> Callable[..., int]:
@@ -120,6 +146,13 @@ def _with_options(command: Callable[..., int], serves: bool) -> Callable[..., in
             callback=checked_address,
             metavar="ADDRESS",
             help=f"{listen_help}  [default: {'127.0.0.1:9466' if serves else 'do not serve'}]",
+        ),
+        click.option(
+            "--web.config.file",
+            "web_config",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="TLS, client certificates and users, as for Prometheus's exporters.  [default: plain HTTP, for all]",
         ),
         click.option(
             "--transport",

@@ -71,7 +71,13 @@ def record(asked: Request | Url, seconds: float, output: Path | None, force: boo
         from exporter import attacher
 
         front = RecordFront(file, name=str(path), seconds=seconds, compress=compress, serves=asked.serves)
-        code = attacher.run(asked.config, front, transport=asked.transport, wait_for_targets=asked.waits)
+        code = attacher.run(
+            asked.config,
+            front,
+            transport=asked.transport,
+            wait_for_targets=asked.waits,
+            source=asked.source,
+        )
         if code:
             raise click.exceptions.Exit(code)
     return 0

@@ -21,8 +21,15 @@ def run(asked: Request) -> int:
     Examples:
       footlight run --port 8000
       footlight run --config /etc/footlight.yaml --listen :9466
+      footlight run --port 8000 --listen :9466 --web.config.file web.yaml
     """
     from exporter import attacher
     from exporter.fronts import ServeFront
 
-    return attacher.run(asked.config, ServeFront(), transport=asked.transport, wait_for_targets=asked.waits)
+    return attacher.run(
+        asked.config,
+        ServeFront(),
+        transport=asked.transport,
+        wait_for_targets=asked.waits,
+        source=asked.source,
+    )

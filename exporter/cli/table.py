@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.text import Text
 
 from exporter.fronts import shortened, span
+from exporter.machine import EngineRow, GpuRow
 from exporter.status import AgentStatus, CpuMeter, why_not_ready
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class Scene:
     wall_s: float
     cpu: float | None = None
     """CPUs that the agent's two processes use, from the last two reports."""
+    gpus: Sequence[GpuRow] = ()
+    engines: Sequence[EngineRow] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +94,12 @@ class LiveTable:
         address: Address | None,
         now_ns: int,
         wall_s: float,
+        gpus: Sequence[GpuRow] = (),
+        engines: Sequence[EngineRow] = (),
     ) -> None:
         """Draw the table. Raises BrokenPipeError when nobody reads the stream any more."""
-        self._last = Scene(rows, status, config, address, now_ns, wall_s, self._cpu.measure(status))
+        cpu = self._cpu.measure(status)
+        self._last = Scene(rows, status, config, address, now_ns, wall_s, cpu, gpus, engines)
         if self._live is not None:
             self._live.update(self._drawn(self._last, self._console.height), refresh=True)
         else:
@@ -119,12 +125,15 @@ def draw(scene: Scene, width: int, height: int | None) -> list[Text]:
     foot = [Text(""), *_legend(width)]
     columns = [column for column in _COLUMNS if column.least_screen <= width]
     name_width = min(40, width - 1 - sum(column.width + 1 for column in columns))
-    full = 2 + len(scene.rows) + len({row.service for row in scene.rows})
-    if height is not None and height < len(head) + full + len(foot):
+    nothing = [] if scene.rows else _nothing(scene)
+    full = (2 + len(scene.rows) + len({row.service for row in scene.rows})) if scene.rows else len(nothing)
+    beside_room = None if height is None else max(height - len(head) - full, height // 3)
+    beside = _beside(scene, width, beside_room)
+    if height is not None and height < len(head) + full + len(beside) + len(foot):
         foot = []
-    room = None if height is None else height - len(head) - len(foot) - 2
-    body = [*_header(columns, name_width), *_body(scene, columns, name_width, room)] if scene.rows else _nothing(scene)
-    lines = [*head, *body, *foot][:height]
+    room = None if height is None else height - len(head) - len(beside) - len(foot) - 2
+    body = [*_header(columns, name_width), *_body(scene, columns, name_width, room)] if scene.rows else nothing
+    lines = [*head, *body, *beside, *foot][:height]
     for line in lines:
         line.no_wrap = True
         line.overflow = "ellipsis"
@@ -134,7 +143,7 @@ def draw(scene: Scene, width: int, height: int | None) -> list[Text]:
 
 def _title(scene: Scene, width: int) -> Text:
     left = Text.assemble((" footlight", "bold"), ("  what users feel, seen from the kernel", _QUIET))
-    url = f"http://{scene.address}/metrics   " if scene.address is not None else ""
+    url = f"{scene.config.scheme}://{scene.address}/metrics   " if scene.address is not None else ""
     right = Text.assemble((url, _QUIET), time.strftime("%H:%M:%S", time.localtime(scene.wall_s)), " ")
     if left.cell_len + right.cell_len + 2 > width:
         left = Text(" footlight", style="bold")
@@ -234,6 +243,95 @@ def _nothing(scene: Scene) -> list[Text]:
             line.append("no such process yet", style=_WARN)
         lines.append(line)
     return lines
+
+
+# ---- GPUs and engines ----
+
+
+def _beside(scene: Scene, width: int, room: int | None) -> list[Text]:
+    """What stands below the models, in at most `room` lines. Where GPUs do not all fit, those in trouble come first."""
+    wanted = (len(scene.gpus) + 2 if scene.gpus else 0) + (len(scene.engines) + 2 if scene.engines else 0)
+    gpus = sorted(scene.gpus, key=lambda gpu: gpu.index)
+    if room is not None and wanted > room:
+        gpus.sort(key=lambda gpu: not gpu.is_in_trouble)
+    lines = [*_gpu_lines(gpus, width), *_engine_lines(scene.engines, width)]
+    if room is None or len(lines) <= room:
+        return lines
+    kept = lines[: max(0, room - 1)]
+    while kept and not kept[-1].plain.startswith("   "):  # a title alone says nothing
+        kept.pop()
+    if not kept:
+        return []
+    return [*kept, Text("   and more: a taller window shows all GPUs and engines", style=_QUIET)]
+
+
+def _gpu_lines(gpus: Sequence[GpuRow], width: int) -> list[Text]:
+    if not gpus:
+        return []
+    name_width = min(max(len(gpu.name) for gpu in gpus), 32 if width >= PLAIN_WIDTH else 20)
+    title = f" {'GPU':<5}  {'':<{name_width}} {'util':>5} {'memory GiB':>13} {'power W':>9} {'temp':>5}"
+    lines = [Text(""), Text(title, style=_QUIET)]
+    for gpu in gpus:
+        line = Text(f" {gpu.index:>5}  {shortened(gpu.name, name_width):<{name_width}}")
+        if gpu.problem and gpu.utilization_ratio is gpu.memory_used_bytes is None:
+            lines.append(line.append(f"  {gpu.problem}", style=_BAD))
+            continue
+        for cell, room in (
+            (_share(gpu.utilization_ratio), 5),
+            (_of(_gib(gpu.memory_used_bytes), _gib(gpu.memory_total_bytes), digits=1), 13),
+            (_of(gpu.power_watts, gpu.power_limit_watts), 9),
+            (_degrees(gpu.temperature_celsius), 5),
+        ):
+            line.append(" " * max(1, room + 1 - cell.cell_len)).append_text(cell)
+        if gpu.xids:
+            told = ", ".join(f"{code}" + (f" {count}x" if count > 1 else "") for code, count in gpu.xids)
+            line.append(f"  XID {told}", style=_BAD)
+        if gpu.throttled:
+            line.append(f"  throttled: {', '.join(gpu.throttled)}", style=_WARN)
+        if gpu.problem:
+            line.append(f"  {gpu.problem}", style=_BAD)
+        lines.append(line)
+    return lines
+
+
+def _engine_lines(engines: Sequence[EngineRow], width: int) -> list[Text]:
+    if not engines:
+        return []
+    names = [f"{row.service}/{row.model}" for row in engines]
+    name_width = min(max(map(len, names)), 48 if width >= PLAIN_WIDTH else 30)
+    engine_width = max(6, *(len(row.engine) for row in engines))
+    title = f" {'ENGINE':<{engine_width + 2}}  {'':<{name_width}} {'running':>8} {'waiting':>8} {'KV cache':>9}"
+    lines = [Text(""), Text(title, style=_QUIET)]
+    for name, row in zip(names, engines, strict=True):
+        line = Text(f"   {row.engine:<{engine_width}}  {shortened(name, name_width):<{name_width}}")
+        for cell, room in (
+            (_requests(row.running), 8),
+            (_requests(row.waiting), 8),
+            (_share(row.kv_cache_usage_ratio), 9),
+        ):
+            line.append(" " * max(1, room + 1 - cell.cell_len)).append_text(cell)
+        lines.append(line)
+    return lines
+
+
+def _of(value: float | None, whole: float | None, digits: int = 0) -> Text:
+    """A part of something, such as `412/700`."""
+    if value is None:
+        return Text("-", style=_QUIET)
+    shown = Text(f"{value:.{digits}f}")
+    return shown if whole is None else shown.append(f"/{whole:.{digits}f}", style=_QUIET)
+
+
+def _gib(size: int | None) -> float | None:
+    return None if size is None else size / 2**30
+
+
+def _degrees(value: float | None) -> Text:
+    return Text("-", style=_QUIET) if value is None else Text.assemble(f"{value:.0f}", ("C", _QUIET))
+
+
+def _requests(value: float | None) -> Text:
+    return Text("-", style=_QUIET) if value is None else _count(value)
 
 
 def _legend(width: int) -> list[Text]:

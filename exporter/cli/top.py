@@ -27,14 +27,16 @@ from exporter.cli.options import Request, agent_options
 def top(asked: Request, interval: float, count: int | None, duration: float | None, once: bool, as_json: bool) -> int:
     """Show one row per service and model, live: requests, TTFT, ITL, tokens, cache, failures, coverage.
 
-    Needs root. Figures are over the last 5 minutes, at most since the start. Without a terminal the table is printed
-    once an interval.
+    Below them are GPUs, and what engines tell of themselves, where there are any. Needs root. Figures of models are
+    over the last 5 minutes, at most since the start. Without a terminal the table is printed once an interval. With
+    --json, rows of models have "model"; GPUs follow as rows that have "gpu" instead.
 
     \b
     Examples:
       footlight top --port 8000
       footlight top --exe vllm --once --interval 30
-      footlight top --config footlight.yaml --json | jq -c '[.model, .ttft_p99_seconds]'
+      footlight top --port 8000 --json | jq -c 'select(.model) | [.model, .ttft_p99_seconds]'
+      footlight top --port 8000 --json | jq -c 'select(.gpu) | .gpu | [.index, .utilization_ratio]'
     """
     from exporter import attacher
     from exporter.fronts import TopFront
@@ -44,5 +46,11 @@ def top(asked: Request, interval: float, count: int | None, duration: float | No
     front = TopFront(
         as_json=as_json, interval_s=interval, count=1 if once else count, duration_s=duration, serves=asked.serves
     )
-    code = attacher.run(asked.config, front, transport=asked.transport, wait_for_targets=asked.waits)
+    code = attacher.run(
+        asked.config,
+        front,
+        transport=asked.transport,
+        wait_for_targets=asked.waits,
+        source=asked.source,
+    )
     return give_terminal_back(code)

@@ -42,4 +42,10 @@ def trace(asked: Request, duration: float | None, count: int | None, as_json: bo
     from exporter.fronts import TraceFront
 
     front = TraceFront(as_json=as_json, duration_s=duration, count=count, serves=asked.serves)
-    return attacher.run(asked.config, front, transport=asked.transport, wait_for_targets=asked.waits)
+    return attacher.run(
+        asked.config,
+        front,
+        transport=asked.transport,
+        wait_for_targets=asked.waits,
+        source=asked.source,
+    )

@@ -91,7 +91,13 @@ def why(
             follow=follow,
             serves=asked.serves,
         )
-        return attacher.run(asked.config, front, transport=asked.transport, wait_for_targets=asked.waits)
+        return attacher.run(
+            asked.config,
+            front,
+            transport=asked.transport,
+            wait_for_targets=asked.waits,
+            source=asked.source,
+        )
     if duration is not None:
         raise usage_error("--duration is for watching", "--duration with a target, without --url and --read")
     summary = wanted.summary()

@@ -14,6 +14,9 @@ from typing import Final
 
 import msgspec
 
+from probes.wire.json_patterns import CLOSING, FLAT, NESTED, OPENING, SPACE, UNENDED, end_of
+from probes.wire.json_roles import UserMessages
+
 
 class _State(IntEnum):
     """What the next byte at the top level has to be. The values index `_STEPS`."""
@@ -28,44 +31,37 @@ class _State(IntEnum):
     IN_SCALAR = 7
     IN_NESTED = 8
     IN_NESTED_STRING = 9
-    COMMA = 10
-    DONE = 11
-    BROKEN = 12
+    IN_COUNTED = 10
+    COMMA = 11
+    DONE = 12
+    BROKEN = 13
 
 
 # A byte that is nothing in JSON, in place of both bytes of an escape. See `TopLevelScanner._without_escapes`.
 _NOTHING: Final = b"\0"
-_SPACE: Final = re.compile(rb"[ \t\r\n]*")
 # A byte order mark may come first: json.loads, behind most Python servers, allows it.
 _SPACE_OR_BOM: Final = re.compile(rb"[ \t\r\n\xef\xbb\xbf]*")
 _SCALAR: Final = re.compile(rb"[-+.0-9A-Za-z]*")
-# Everything in a container, and then brackets that have to be counted or a string that does not end yet. Whole strings,
-# and containers without containers in them, are passed by the pattern itself. Repeats of a group are bounded, because
-# the matcher remembers each, and not possessive, because CPython before 3.11.5 loses its place in those (gh-106052);
-# repeats of a single character are.
-_PLAIN: Final = rb'(?:[^"\[\]{}]++|"[^"]*+"){0,255}'
-_FLAT: Final = rb"\{" + _PLAIN + rb"\}|\[" + _PLAIN + rb"\]"
-_NESTED: Final = re.compile(rb'(?:[^"\[\]{}]++|"[^"]*+"|' + _FLAT + rb'){0,255}(?:([\[{]++)|([\]}]++)|("))?')
-_OPENING: Final = 1
-_CLOSING: Final = 2
-_UNENDED: Final = 3
 _OBJECT: Final = {ord("{"): _State.FIRST_KEY}
 _KEY_OR_END: Final = {ord('"'): _State.IN_KEY, ord("}"): _State.DONE}
 _KEY: Final = {ord('"'): _State.IN_KEY}
 _COLON: Final = {ord(":"): _State.VALUE}
 _COMMA_OR_END: Final = {ord(","): _State.KEY, ord("}"): _State.DONE}
 _QUOTE: Final = ord('"')
+_LIST: Final = ord("[")
 
 
 class TopLevelScanner:
     """Collects the values of `wanted` keys at depth 1 of one JSON object.
 
-    Of a key that is given twice the last value counts, as in the parsers of CPython, JavaScript, Go and nlohmann's
-    for C++. Memory: `max_value` bytes for each wanted key and a bounded rest, however long or deep the object is.
+    Of one more key, `counted`, only the messages of a user are counted. Of a key that is given twice the last value
+    counts, as in the parsers of CPython, JavaScript, Go and nlohmann's for C++. Memory: `max_value` bytes for each
+    wanted key and a bounded rest, however long or deep the object is.
     """
 
     __slots__ = (
         "_capture",
+        "_counted",
         "_depth",
         "_escaped",
         "_key",
@@ -73,7 +69,9 @@ class TopLevelScanner:
         "_name",
         "_state",
         "_uninteresting",
+        "_users",
         "_wanted",
+        "count",
         "max_value",
         "oversize",
         "values",
@@ -84,9 +82,17 @@ class TopLevelScanner:
     oversize: frozenset[str]
     """Wanted keys whose last value was longer than `max_value` bytes, and is not in `values`."""
 
-    def __init__(self, wanted: frozenset[str], max_value: int = 4096) -> None:
-        self._wanted = _by_bytes(wanted)
-        self._uninteresting = _members_without(wanted)
+    count: int | None
+    """Messages of a user in the value of the key `counted`: objects of an array whose `role` is `user`, or 1 where it
+    is a text. None where it was not seen whole or is neither."""
+
+    def __init__(self, wanted: frozenset[str], max_value: int = 4096, counted: str | None = None) -> None:
+        names = wanted if counted is None else wanted | {counted}
+        self._wanted = _by_bytes(names)
+        self._uninteresting = _members_without(names)
+        self._counted = counted
+        self._users: UserMessages | None = None
+        self.count = None
         self.max_value = max_value
         self.values = {}
         self.oversize = frozenset()
@@ -94,7 +100,7 @@ class TopLevelScanner:
         self._depth = 0
         self._escaped = False  # the next byte is the second of an escape
         self._key = bytearray()
-        self._key_limit = 12 * max(map(len, wanted), default=0)  # a character is two \uXXXX at most
+        self._key_limit = 12 * max(map(len, names), default=0)  # a character is two \uXXXX at most
         self._name: str | None = None  # the wanted key whose value is being read
         self._capture = bytearray()
 
@@ -150,7 +156,7 @@ class TopLevelScanner:
 
     def _step_key(self, data: bytes, clean: bytes, position: int) -> int:
         # Most members of most objects are passed here at once, without a step for each of their parts.
-        return self._expect(_KEY, clean, _end(self._uninteresting, clean, position))
+        return self._expect(_KEY, clean, end_of(self._uninteresting, clean, position))
 
     def _step_in_key(self, data: bytes, clean: bytes, position: int) -> int:
         end = clean.find(b'"', position)
@@ -163,6 +169,8 @@ class TopLevelScanner:
         if self._name is not None:
             self.values.pop(self._name, None)
             self.oversize -= {self._name}
+            if self._name == self._counted:
+                self.count = None
         self._state = _State.COLON
         return end + 1
 
@@ -170,16 +178,18 @@ class TopLevelScanner:
         return self._expect(_COLON, clean, position)
 
     def _step_value(self, data: bytes, clean: bytes, position: int) -> int:
-        position = _end(_SPACE, clean, position)
+        position = end_of(SPACE, clean, position)
         if position == len(clean):
             return position
         first = clean[position]
+        if self._name is not None and self._name == self._counted:
+            return self._count_value(clean, position)
         if first == _QUOTE:
             self._state = _State.IN_STRING
         elif first in b"{[":
             self._state = _State.IN_NESTED
             self._depth = 1
-        elif _end(_SCALAR, clean, position) > position:
+        elif end_of(_SCALAR, clean, position) > position:
             self._state = _State.IN_SCALAR
             return position
         else:
@@ -187,6 +197,30 @@ class TopLevelScanner:
             return position
         self._keep(data, position, position + 1)
         return position + 1
+
+    def _count_value(self, clean: bytes, position: int) -> int:
+        """The value of the counted key begins here: it is counted, and not kept."""
+        self._name = None
+        if clean[position] == _QUOTE:
+            self.count = 1  # should it not end, the object is not complete
+        elif clean[position] == _LIST:
+            self._users = UserMessages()
+            self._state = _State.IN_COUNTED
+            return position + 1
+        return position
+
+    def _step_in_counted(self, data: bytes, clean: bytes, position: int) -> int:
+        users = self._users
+        if users is None:  # cannot be: it is there in this state
+            return len(data)
+        position = users.feed(clean, position)
+        if users.done:
+            self.count = users.count
+            self._state = _State.COMMA
+        elif users.odd:  # no conversation: pass what is left of it like any other value
+            self._depth = 1
+            self._state = _State.IN_NESTED
+        return position
 
     def _step_in_string(self, data: bytes, clean: bytes, position: int) -> int:
         end = clean.find(b'"', position)
@@ -197,24 +231,24 @@ class TopLevelScanner:
         return stop
 
     def _step_in_scalar(self, data: bytes, clean: bytes, position: int) -> int:
-        stop = _end(_SCALAR, clean, position)
+        stop = end_of(_SCALAR, clean, position)
         self._keep(data, position, stop)
         if stop < len(clean):
             self._end_value()
         return stop
 
     def _step_in_nested(self, data: bytes, clean: bytes, position: int) -> int:
-        match = _NESTED.match(clean, position)
+        match = NESTED.match(clean, position)
         if match is None:  # cannot be: the pattern matches the empty string too
             return len(data)
         kind = match.lastindex
         stop = match.end()
-        if kind == _OPENING:
-            self._depth += stop - match.start(_OPENING)
-        elif kind == _CLOSING:
-            stop = min(stop, match.start(_CLOSING) + self._depth)
-            self._depth -= stop - match.start(_CLOSING)
-        elif kind == _UNENDED:
+        if kind == OPENING:
+            self._depth += stop - match.start(OPENING)
+        elif kind == CLOSING:
+            stop = min(stop, match.start(CLOSING) + self._depth)
+            self._depth -= stop - match.start(CLOSING)
+        elif kind == UNENDED:
             self._state = _State.IN_NESTED_STRING
         self._keep(data, position, stop)
         if self._depth == 0:
@@ -239,10 +273,10 @@ class TopLevelScanner:
         return len(data)
 
     def _expect(
-        self, states: Mapping[int, _State], clean: bytes, position: int, space: re.Pattern[bytes] = _SPACE
+        self, states: Mapping[int, _State], clean: bytes, position: int, space: re.Pattern[bytes] = SPACE
     ) -> int:
         """After space, expect one of the bytes of `states`, which say what state comes next."""
-        position = _end(space, clean, position)
+        position = end_of(space, clean, position)
         if position == len(clean):
             return position
         state = states.get(clean[position])
@@ -292,16 +326,11 @@ _STEPS: Final[tuple[Callable[[TopLevelScanner, bytes, bytes, int], int], ...]] =
     TopLevelScanner._step_in_scalar,
     TopLevelScanner._step_in_nested,
     TopLevelScanner._step_in_nested_string,
+    TopLevelScanner._step_in_counted,
     TopLevelScanner._step_comma,
     TopLevelScanner._step_done,
     TopLevelScanner._step_broken,
 )
-
-
-def _end(pattern: re.Pattern[bytes], data: bytes, position: int) -> int:
-    """Return where a match that may be empty ends."""
-    match = pattern.match(data, position)
-    return position if match is None else match.end()
 
 
 @lru_cache(maxsize=16)
@@ -319,5 +348,5 @@ def _members_without(wanted: frozenset[str]) -> re.Pattern[bytes]:
     space = rb"[ \t\r\n]*+"
     names = b"|".join(re.escape(name.encode()) for name in sorted(wanted))
     unwanted = rb'"(?!(?:' + names + rb')")[^"\\\0]*+"'
-    value = rb'(?:"[^"]*+"|[-+.0-9A-Za-z]++|' + _FLAT + rb")"
+    value = rb'(?:"[^"]*+"|[-+.0-9A-Za-z]++|' + FLAT + rb")"
     return re.compile(rb"(?:" + space + unwanted + space + rb":" + space + value + space + rb",){0,255}")

@@ -29,7 +29,7 @@ WAITS = Path(__file__).parent / "workloads" / "waits.py"
 NO_SYSCALL = 0xFFFF
 PAGE = 4096
 """No address is smaller, and no descriptor of these tests is larger."""
-THROTTLED, IOWAIT, TIMEOUT, BORN, FIRST, WAKER_TARGET = (1 << bit for bit in range(6))
+THROTTLED, IOWAIT, TIMEOUT, BORN, FIRST, WAKER_TARGET, GPU = (1 << bit for bit in range(7))
 READY, SENT, RECEIVED = 1, 2, 3
 
 Records = npt.NDArray[Any]
@@ -150,14 +150,14 @@ class Watched:
         )
         return fewer or bool((again | unwoken).any())
 
-    def run(self, *arguments: object, end: bool = False) -> tuple[int, dict[str, Any]]:
+    def run(self, *arguments: object, end: bool = False, script: Path = WAITS) -> tuple[int, dict[str, Any]]:
         """Watch a workload from before it begins what it is there for, until it is done or, to the `end`, has ended.
 
         Returns its process and what it says. Once more, up to five times, when the kernel left something out.
         """
         for _ in range(5):
             self.begin()
-            with Workload(*arguments) as workload:
+            with Workload(*arguments, script=script) as workload:
                 follow(self.requests, workload)
                 facts = workload.done()
                 if end:
@@ -198,11 +198,11 @@ class Sized(SchedulerProbe):
 
 
 class Workload:
-    """A process of tests/kernel/workloads/waits.py."""
+    """A process of tests/kernel/workloads/waits.py, or of a script that says the same."""
 
-    def __init__(self, *arguments: object, cpus: set[int] | None = None) -> None:
+    def __init__(self, *arguments: object, cpus: set[int] | None = None, script: Path = WAITS) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-S", "-E", str(WAITS), *map(str, arguments)],
+            [sys.executable, "-S", "-E", str(script), *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

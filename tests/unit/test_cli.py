@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -33,11 +34,14 @@ from exporter.fronts import (
     trace_line,
     trace_object,
 )
+from exporter.machine import EngineRow, GpuRow
+from exporter.reloading import Source
 from exporter.request import Capture, Causes, Failure, FinishedRequest, Phase
 from exporter.slis import Row
 from exporter.status import AgentStatus, Loss, ProbeStatus, ProcessUsage, TargetStatus
 from probes.errors import ConfigError, HostError, TargetError
 from probes.host import Check, HostReport
+from tests.unit.finished import TOLD, later
 
 S = 1_000_000_000
 MS = 1_000_000
@@ -63,35 +67,7 @@ ROW = Row(
     coverage=1.0,
 )
 
-REQUEST = FinishedRequest(
-    number=7,
-    service="roleplay",
-    model="headliner",
-    api="chat_completions",
-    extra=("stable",),
-    streamed=True,
-    status=200,
-    arrived_ns=100 * S,
-    read_ns=100 * S + 2 * MS,
-    first_byte_ns=100 * S + 5 * MS,
-    first_token_ns=100 * S + 38 * MS,
-    last_token_ns=100 * S + 338 * MS,
-    finished_ns=100 * S + 340 * MS,
-    frames=101,
-    prompt_tokens=312,
-    completion_tokens=103,
-    cached_tokens=256,
-    wasted_tokens=0,
-    longest_gap_ns=12 * MS,
-    failure=None,
-    aborted=None,
-    capture=Capture.complete,
-    method="POST",
-    target="/v1/chat/completions",
-    peer="127.0.0.1:40000",
-    tgid=101,
-    tid=103,
-)
+REQUEST = replace(later(TOLD, 100 * S), number=7, extra=("stable",), first_token_ns=100 * S + 38 * MS, turn=3)
 
 
 class FakeClock(Clock):
@@ -121,6 +97,8 @@ class FakeReader:
     status: AgentStatus | None = None
     config: Config = CONFIG
     address: Address | None = None
+    gpus: Sequence[GpuRow] = ()
+    engines: Sequence[EngineRow] = ()
     stops: int = 0
 
     def stop(self) -> None:
@@ -241,13 +219,34 @@ def test_options_reach_the_agent(
 ) -> None:
     seen: list[object] = []
 
-    def run(config: Config, front: ServeFront, *, transport: str, wait_for_targets: bool) -> int:
-        seen.extend((config.services[0].match, type(front), front.serves, transport, wait_for_targets))
+    def run(
+        config: Config, front: ServeFront, *, transport: str, wait_for_targets: bool, source: Source | None
+    ) -> int:
+        seen.extend((config.services[0].match, type(front), front.serves, transport, wait_for_targets, source))
         return 0
 
     monkeypatch.setattr("exporter.attacher.run", run)
     assert footlight(*arguments, "--transport", "perf").exit_code == 0
-    assert seen == [Match(port=(8000,)), front, serves, "perf", waits]
+    assert seen == [Match(port=(8000,)), front, serves, "perf", waits, None]
+
+
+def test_a_configuration_can_be_read_again_as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sources: list[Source] = []
+
+    def run(config: Config, _: ServeFront, *, source: Source, **__: object) -> int:
+        assert source.read() == config
+        sources.append(source)
+        return 0
+
+    monkeypatch.setattr("exporter.attacher.run", run)
+    file = tmp_path / "a.yaml"
+    file.write_text("listen: 127.0.0.1:1\nservices:\n  - {name: a, match: {port: 80}}\n")
+    assert footlight("run", "--config", str(file), "--listen", "127.0.0.1:2").exit_code == 0
+    (source,) = sources
+    assert source.path == file
+    file.write_text("services:\n  - {name: a, match: {port: 81}}\n")
+    assert source.read().services[0].match == Match(port=(81,))
+    assert source.read().listen.port == 2  # the option still stands
 
 
 def test_a_closed_pipe_is_no_traceback() -> None:
@@ -371,9 +370,35 @@ def test_top_prints_a_json_object_per_row_and_interval() -> None:
     ]
     assert lines[1]["ttft_p50_seconds"] is None
     assert lines[0]["itl_p99_seconds"] == 0.0098
-    assert set(lines[0]) == {"time"} | {
+    of_engine = {"engine", "engine_running", "engine_waiting", "engine_kv_cache_usage_ratio"}
+    assert set(lines[0]) == {"time", *of_engine} | {
         f"{name}_seconds" if name.startswith(("ttft", "itl")) else name for name in Row.__dataclass_fields__
     }
+    assert {lines[0][name] for name in of_engine} == {None}
+
+
+def test_top_prints_gpus_after_the_rows_of_models_and_told_apart() -> None:
+    reader = FakeReader(FakeSlis([ROW]), agent(), gpus=[H200, LOST], engines=[ENGINE])
+    model, well, lost = (json.loads(line) for line in top(reader, 100, as_json=True, count=1).splitlines())
+    assert "gpu" not in model
+    assert (model["engine"], model["engine_running"], model["engine_waiting"]) == ("vllm", 3, 0)
+    assert model["engine_kv_cache_usage_ratio"] == 0.421
+    assert set(well) == set(lost) == {"time", "gpu"}
+    assert well["gpu"] == {
+        "uuid": "GPU-a",
+        "index": 0,
+        "name": "NVIDIA H200",
+        "utilization_ratio": 0.87,
+        "memory_used_bytes": 108_670_000_000,
+        "memory_total_bytes": 150_754_820_096,
+        "power_watts": 412.3,
+        "power_limit_watts": 700.0,
+        "temperature_celsius": 61.0,
+        "throttled": ["sw_power_cap"],
+        "xids": [{"xid": 43, "count": 2}],
+        "problem": None,
+    }
+    assert (lost["gpu"]["problem"], lost["gpu"]["utilization_ratio"]) == ("it is lost", None)
 
 
 def test_top_ends_after_its_duration() -> None:
@@ -488,6 +513,89 @@ def test_the_state_of_the_agent_is_on_the_second_line(status: AgentStatus, text:
     assert text in draw(scene(ROW, status=status), 100, 24)[1].plain
 
 
+H200 = GpuRow(
+    "GPU-a",
+    0,
+    "NVIDIA H200",
+    utilization_ratio=0.87,
+    memory_used_bytes=108_670_000_000,
+    memory_total_bytes=150_754_820_096,
+    power_watts=412.3,
+    power_limit_watts=700.0,
+    temperature_celsius=61.0,
+    throttled=("sw_power_cap",),
+    xids=((43, 2),),
+)
+LOST = GpuRow("GPU-b", 1, "NVIDIA H200", problem="it is lost")
+ENGINE = EngineRow("roleplay", "headliner", "vllm", running=3, waiting=0, kv_cache_usage_ratio=0.421)
+
+
+def test_gpus_and_engines_stand_below_the_models() -> None:
+    gpus = [LOST, H200, GpuRow("GPU-c", 2, "Tesla T4", memory_total_bytes=16 << 30)]
+    shown = replace(scene(ROW), gpus=gpus, engines=[ENGINE, replace(ENGINE, model="understudy", waiting=None)])
+    lines = [line.plain.rstrip() for line in draw(shown, 100, 40)]
+    assert lines[7:18] == [
+        "",
+        " GPU                 util    memory GiB   power W  temp",
+        "     0  NVIDIA H200   87%   101.2/140.4   412/700   61C  XID 43 2x  throttled: sw_power_cap",
+        "     1  NVIDIA H200  it is lost",
+        "     2  Tesla T4        -             -         -     -",
+        "",
+        " ENGINE                         running  waiting  KV cache",
+        "   vllm    roleplay/headliner         3        0       42%",
+        "   vllm    roleplay/understudy        3        -       42%",
+        "",
+        " Last 5 minutes. TTFT: to the first token. ITL: between tokens. left: client gone. seen: captured.",
+    ]
+
+
+def test_gpus_are_shown_before_the_first_request() -> None:
+    text = "\n".join(line.plain for line in draw(replace(scene(), gpus=[H200]), 100, 24))
+    assert "waiting for the first request" in text
+    assert "NVIDIA H200" in text
+
+
+def test_of_gpus_only_what_is_wrong_has_a_colour() -> None:
+    def coloured(gpu: GpuRow) -> list[str]:
+        (line,) = (line for line in draw(replace(scene(ROW), gpus=[gpu]), 100, 24) if "NVIDIA" in line.plain)
+        return [
+            line.plain[part.start : part.end].strip()
+            for part in line.spans
+            if "red" in str(part.style) or "yellow" in str(part.style)
+        ]
+
+    assert coloured(replace(H200, throttled=(), xids=())) == []
+    assert coloured(H200) == ["XID 43 2x", "throttled: sw_power_cap"]
+    assert coloured(LOST) == ["it is lost"]
+
+
+@pytest.mark.parametrize("width", [20, 79, 80, 99, 100, 119, 200])
+@pytest.mark.parametrize("height", [3, 7, 12, 24, 60])
+@pytest.mark.parametrize("models", [0, 1, 67])
+def test_gpus_and_engines_fit_any_window(width: int, height: int, models: int) -> None:
+    rows = [replace(ROW, model=f"organisation/model-{number:03d}-instruct-q4") for number in range(models)]
+    gpus = [
+        replace(H200, index=number, name="NVIDIA GeForce RTX 4090 Laptop GPU of some length") for number in range(16)
+    ]
+    shown = replace(scene(*rows), gpus=gpus, engines=[replace(ENGINE, model=row.model) for row in rows])
+    lines = draw(shown, width, height)
+    assert len(lines) <= height
+    assert max(line.cell_len for line in lines) <= width
+    if models and height >= 12 and width >= 79:
+        assert any("req/s open" in line.plain for line in lines)
+        assert any(line.plain.startswith("   org") for line in lines)
+        assert any("NVIDIA" in line.plain for line in lines)
+
+
+def test_a_small_window_shows_the_gpus_in_trouble() -> None:
+    well = replace(H200, throttled=(), xids=())
+    gpus = [replace(well, index=number) for number in range(15)] + [replace(H200, index=15)]
+    lines = [line.plain for line in draw(replace(scene(ROW), gpus=gpus), 100, 16)]
+    assert any("XID 43" in line for line in lines)
+    assert any("a taller window shows all" in line for line in lines)
+    assert any("headliner" in line for line in lines)
+
+
 def test_an_empty_table_says_what_it_waits_for() -> None:
     def said(status: AgentStatus | None) -> str:
         return draw(Scene((), status, CONFIG, None, 200 * S, 0.0), 100, 24)[3].plain
@@ -578,6 +686,7 @@ def test_trace_json_has_units_and_null_for_what_was_not_measured() -> None:
         "peer": "127.0.0.1:40000",
         "tgid": 101,
         "tid": 103,
+        "turn": 3,
         "streamed": True,
         "status": 200,
         "outcome": "ok",

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from exporter.critical_path import STEPS_LIMIT, Cause, Step, Window, peer_text, totals, walk
-from exporter.timeline import IOWAIT, MessageKind, Reason, Records, Stream, Timeline, Waker
+from exporter.timeline import (
+    GPU,
+    IOWAIT,
+    SPAN_GPU_SYNC,
+    MessageKind,
+    Reason,
+    Records,
+    Stream,
+    Timeline,
+    Waker,
+)
 from tests.simulator import (
     EPOLL_CALL,
     INTERVAL,
@@ -250,6 +260,8 @@ def test_a_loss_does_not_make_the_gil_a_hand_over() -> None:
     [
         (lambda me: disk(30 * MS), Cause.disk, 30 * MS),
         (lambda me: reclaim(me, 5 * MS, 20 * MS), Cause.memory, 30 * MS + 700),
+        (lambda me: reclaim(me, 5 * MS, 20 * MS, SPAN_GPU_SYNC), Cause.gpu, 30 * MS + 700),
+        (lambda me: reclaim(me, 15 * MS, 0, SPAN_GPU_SYNC), Cause.gpu, 30 * MS),
         (lambda me: sleep(25 * MS), Cause.sleep, 25 * MS),
     ],
 )
@@ -269,7 +281,10 @@ def test_what_a_thread_does_to_itself(made: Callable[[Thread], Steps], cause: Ca
         (Block(Reason.PAGE_FAULT, timeout_ns=9 * MS, timer_waker=Waker.SOFTIRQ, flags=IOWAIT), Cause.disk),
         (Block(Reason.OTHER, timeout_ns=9 * MS, timer_waker=Waker.SOFTIRQ, flags=IOWAIT), Cause.disk),
         (Block(Reason.DISK, timeout_ns=9 * MS, timer_waker=Waker.SOFTIRQ), Cause.disk),
-        (Block(Reason.DEVICE, object=195 << 20, timeout_ns=9 * MS), Cause.gpu),
+        (Block(Reason.DEVICE, object=195 << 20, timeout_ns=9 * MS, flags=GPU), Cause.gpu),
+        (Block(Reason.DEVICE, object=195 << 20, timeout_ns=9 * MS, flags=GPU, timer_waker=Waker.TASK), Cause.gpu),
+        (Block(Reason.DEVICE, object=195 << 20, timeout_ns=9 * MS), Cause.unexplained),
+        (Block(Reason.DEVICE, object=195 << 20, timeout_ns=9 * MS, flags=IOWAIT), Cause.disk),
         (Block(Reason.DEVICE, object=5 << 20, timeout_ns=9 * MS), Cause.unexplained),
         (Block(Reason.OTHER, timeout_ns=9 * MS), Cause.unexplained),
         (Block(Reason.PAGE_FAULT, timeout_ns=9 * MS), Cause.unexplained),
@@ -292,7 +307,7 @@ def test_each_kind_of_sleep(block: Block, cause: Cause) -> None:
     request = service.request(1, sim.now + 5 * MS)
     sim.run_until(sim.now + 500 * MS)
     window = request.window()
-    steps = walk(sim.timeline().view(window.begin_ns, window.end_ns), window, frozenset({195 << 20}))
+    steps = walk(sim.timeline().view(window.begin_ns, window.end_ns), window)
     assert totals(steps)[cause] == 9 * MS
 
 

@@ -514,3 +514,44 @@ def test_netlink_answers_are_read() -> None:
 def test_netlink_refusals_raise(answer: bytes) -> None:
     with pytest.raises(OSError, match=r"Operation not permitted|cut short"):
         _take(answer, 2, {})
+
+
+# ---- other rules ----
+
+
+def services(*matches: Match) -> list[Service]:
+    return [Service(f"s{index}", match) for index, match in enumerate(matches)]
+
+
+def test_other_rules_find_what_runs_already(proc: FakeProc) -> None:
+    proc.add(101, "/usr/bin/vllm", sockets=[11])
+    proc.add(103, "/usr/bin/sglang", sockets=[13])
+    found = discovery(proc, {HOST: {11: 8000, 13: 9000}}, Match(port=(8000,)))
+    for _ in range(7):  # nobody is new any more
+        assert found.scan() == Targets({101: 0}, {(HOST, 8000): 0})
+    found.reconfigure(services(Match(port=(8000,)), Match(port=(9000,))))
+    assert found.scan() == Targets({101: 0, 103: 1}, {(HOST, 8000): 0, (HOST, 9000): 1})
+    found.reconfigure(services(Match(pid=(-1,)), Match(port=(9000,))))
+    assert found.scan() == Targets({103: 1}, {(HOST, 9000): 1})
+
+
+def test_a_worker_that_stopped_to_listen_stays_over_a_reload(proc: FakeProc) -> None:
+    proc.add(101, "/usr/bin/vllm", sockets=[11])
+    tables = {HOST: {11: 8000}}
+    found = discovery(proc, tables, Match(port=(8000,)))
+    found.scan()
+    tables[HOST] = {}
+    (proc.root / "101/fd/3").unlink()
+    found.reconfigure(services(Match(port=(8000,)), Match(port=(9000,))))
+    assert found.scan().processes == {101: 0}
+
+
+def test_children_go_with_their_services_rule(proc: FakeProc) -> None:
+    proc.add(101, "/usr/bin/vllm", sockets=[11])
+    proc.add(103, "/usr/bin/engine", parent=101, start=1013)
+    found = discovery(proc, {HOST: {11: 8000}}, Match(port=(8000,)))
+    assert found.scan().processes == {101: 0, 103: 0}
+    found.reconfigure(services(Match(port=(8001,)), Match(port=(8000,))))
+    assert found.scan().processes == {101: 1, 103: 1}
+    found.reconfigure(services(Match(port=(8001,)), Match(pid=(-1,))))
+    assert found.scan().processes == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import tracemalloc
 from collections.abc import Iterable
 
@@ -26,7 +27,7 @@ BODY_VALUES = {
 
 
 def scanned(pieces: Iterable[bytes], max_value: int = 4096) -> TopLevelScanner:
-    scanner = TopLevelScanner(WANTED, max_value)
+    scanner = TopLevelScanner(WANTED, max_value, "messages")
     for piece in pieces:
         scanner.feed(piece)
     return scanner
@@ -34,6 +35,10 @@ def scanned(pieces: Iterable[bytes], max_value: int = 4096) -> TopLevelScanner:
 
 def state(scanner: TopLevelScanner) -> tuple[dict[str, bytes], frozenset[str], bool, bool]:
     return scanner.values, scanner.oversize, scanner.broken, scanner.complete
+
+
+def all_of(scanner: TopLevelScanner) -> tuple[object, ...]:
+    return *state(scanner), scanner.count if scanner.complete else None
 
 
 def test_finds_only_the_top_level() -> None:
@@ -163,7 +168,11 @@ def test_the_same_answers_as_json_loads(
 
 
 SCRAPS = st.sampled_from(
-    [*(bytes([byte]) for byte in b'"\\{}[]:,1 \n'), b'"model"', b'"stream":true', b"[[", b"]]", b'"x"', BODY]
+    [
+        *(bytes([byte]) for byte in b'"\\{}[]:,1 \n'),
+        *(b'"model"', b'"stream":true', b"[[", b"]]", b'"x"', BODY, b'{"messages":[', b"]}"),
+        *(b'{"role":"user"}', b'"role"', b'"user"', b'"role":"user"', b'"role":"user",'),
+    ]
 )
 
 
@@ -171,9 +180,9 @@ SCRAPS = st.sampled_from(
 @given(st.lists(SCRAPS | st.binary(max_size=5), max_size=67))
 def test_no_bytes_raise_and_splits_mean_nothing(pieces: list[bytes]) -> None:
     data = b"".join(pieces)
-    whole = state(scanned([data]))
-    assert state(scanned(pieces)) == whole
-    assert state(scanned(bytes([byte]) for byte in data)) == whole
+    whole = all_of(scanned([data]))
+    assert all_of(scanned(pieces)) == whole
+    assert all_of(scanned(bytes([byte]) for byte in data)) == whole
     try:
         value = json.loads(data)
     except ValueError:
@@ -195,6 +204,13 @@ def test_no_bytes_raise_and_splits_mean_nothing(pieces: list[bytes]) -> None:
         (b'{"a":1', b',"model":[[]]' * 5003),
         (b'{"a":[', b"[[]],{}," * 8191),
         (b'{"a":"', b"\\" * 65_537),
+        (b'{"messages":[', b'{"role":"user"},' * 5003),
+        (b'{"messages":[{"role":"', b"user" * 10_007),
+        (b'{"messages":[{', b'"role":"user",' * 5003),
+        (b'{"messages":[{"a":', b"[" * 65_536),
+        (b'{"messages":[{"a":', b'"x":[[]],' * 8191),
+        (b'{"messages":[{"', b"k" * 65_536),
+        (b'{"messages":[7', b",[[]],{}" * 8191),
     ],
 )
 def test_endless_streams_are_held_in_bounds(start: bytes, noise: bytes) -> None:
@@ -226,3 +242,22 @@ def test_nested_200_000_deep() -> None:
         False,
         True,
     )
+
+
+def test_a_message_of_many_roles_is_counted_once_and_soon() -> None:
+    """Were there two ways to match each of them, this took 10 s."""
+    began = time.process_time()
+    for roles in (1, 31, 63, 64, 997):
+        message = b"{" + b",".join([b'"role":"user"'] * roles)
+        scanner = scanned([b'{"messages":[' + message])
+        assert not scanner.complete
+        scanner.feed(b'},{"role" : "user","a":[[{"role":"user"}]]}]}')
+        assert (scanner.count, scanner.complete) == (2, True)
+    assert time.process_time() - began < 1
+
+
+def test_messages_nested_200_000_deep() -> None:
+    deep = b"[" * 200_000 + b"]" * 200_000
+    data = b'{"messages":[{"role":"user","content":' + deep + b'},{"role":"user"}],"model":"m"}'
+    scanner = scanned(data[at : at + 4096] for at in range(0, len(data), 4096))
+    assert (scanner.count, scanner.values, scanner.complete) == (2, {"model": b'"m"'}, True)

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -17,7 +18,7 @@ import pytest
 from exporter.critical_path import Cause
 from exporter.families import Kind
 from exporter.kernel_metrics import BUCKETS, OFF_CPU_REASONS, OPERATIONS
-from exporter.metrics import Format, Metrics, choose_format
+from exporter.metrics import Format, Metrics, Sources, choose_format
 from exporter.metrics_doc import PAGE, page
 from exporter.quantiles import SLOT_NS
 from exporter.request import Capture, Failure, FinishedRequest, Phase
@@ -36,6 +37,7 @@ from exporter.status import (
 )
 from probes import btf
 from probes.probe import OBJECTS
+from tests.unit.finished import REQUEST, later
 
 GOLDEN = Path(__file__).parent.parent / "fixtures" / "metrics"
 MS = 1_000_000
@@ -78,21 +80,29 @@ kernel_tcp_receive_queue_seconds kernel_tcp_send_stall_seconds kernel_tcp_retran
 kernel_block_io_seconds kernel_block_io_bytes_total kernel_direct_reclaim_seconds kernel_oom_kills_total
 kernel_syscall_seconds kernel_open_files kernel_open_files_growth_per_second kernel_threads
 kernel_resident_memory_bytes kernel_major_page_faults_total
+llm_kv_cache_source_info llm_kv_cache_source_lookup_tokens_total llm_kv_cache_source_hit_tokens_total
+llm_prefix_cache_turn_queries_total llm_prefix_cache_turn_hits_total llm_kv_cache_turn_hit_ratio llm_engine_info
+llm_engine_up llm_engine_scrape_failures_total llm_engine_scrape_seconds llm_engine_requests_running
+llm_engine_requests_waiting llm_engine_kv_cache_usage_ratio llm_engine_prefix_cache_queries_total
+llm_engine_prefix_cache_hits_total llm_engine_preemptions_total llm_engine_requests_total
+llm_engine_prompt_tokens_total llm_engine_generation_tokens_total llm_engine_time_to_first_token_mean_seconds
+llm_engine_time_to_first_token_difference_seconds llm_engine_requests_difference llm_probe_point_calls_total
+llm_probe_point_looked_up_tokens_total llm_probe_point_hit_tokens_total kernel_gpu_wait_seconds gpu_info gpu_up
+gpu_utilization_ratio gpu_memory_utilization_ratio gpu_memory_used_bytes gpu_memory_total_bytes
+gpu_memory_reserved_bytes gpu_power_watts gpu_power_limit_watts gpu_energy_joules_total gpu_temperature_celsius
+gpu_clock_hertz gpu_throttled gpu_throttled_seconds_total gpu_ecc_errors_total gpu_remapped_rows gpu_row_remap_pending
+gpu_row_remap_failure gpu_xid_errors_total gpu_xid_last_time_seconds gpu_pcie_replays_total gpu_pcie_bytes_total
+gpu_nvlink_bytes_total gpu_sm_active_ratio gpu_sm_occupancy_ratio gpu_tensor_active_ratio gpu_dram_active_ratio
+gpu_service_memory_used_bytes gpu_service_sm_utilization_ratio gpu_cuda_launches_total gpu_cuda_synchronize_seconds
+gpu_cuda_copies_total gpu_cuda_copy_bytes_total gpu_cuda_allocations_total gpu_cuda_frees_total
+gpu_cuda_outstanding_bytes gpu_cuda_errors_total
 """.split()
 STATS = {name: f"{name}_stats" for name in ("scheduler", "tcp", "block", "memory")}
 
 
 def finished(model: str, release: str, **more: object) -> FinishedRequest:
-    base: dict[str, object] = {
-        "number": 1, "service": "roleplay", "model": model, "api": "chat_completions", "extra": (release,),
-        "streamed": True, "status": 200, "arrived_ns": START_NS, "read_ns": START_NS + 2 * MS,
-        "first_byte_ns": START_NS + 3 * MS, "first_token_ns": START_NS + 53 * MS, "last_token_ns": START_NS + 153 * MS,
-        "finished_ns": START_NS + 157 * MS, "frames": 11, "prompt_tokens": None, "completion_tokens": None,
-        "cached_tokens": None, "wasted_tokens": 0, "longest_gap_ns": 10 * MS, "failure": None, "aborted": None,
-        "capture": Capture.complete, "method": "POST", "target": "/v1/chat/completions", "peer": "127.0.0.1", "tgid": 7,
-        "tid": 7,
-    }  # fmt: skip
-    return FinishedRequest(**{**base, **more})  # type: ignore[arg-type]  # each of them is of its field's type
+    request = replace(later(REQUEST, START_NS), model=model, extra=(release,))
+    return replace(request, **more)  # type: ignore[arg-type]  # each of them is of its field's type
 
 
 def counters() -> dict[str, np.ndarray[tuple[int], np.dtype[np.void]]]:
@@ -134,7 +144,11 @@ def scene(timer: Callable[[], float]) -> Metrics:
     ]
     slis.explains = True
     return Metrics(
-        slis, lambda: STATUS, lambda: READER, counters, ["roleplay", "idle"], version="0.0.0-test", timer=timer
+        slis,
+        Sources(lambda: STATUS, lambda: READER, counters),
+        ["roleplay", "idle"],
+        version="0.0.0-test",
+        timer=timer,
     )
 
 

@@ -1,4 +1,4 @@
-"""OpenAI's text APIs: transcripts of several servers through all decoders, usage, names, and hostile frames."""
+"""Transcripts of several servers and APIs through all decoders; OpenAI's completions: usage, names, hostile frames."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from probes.wire import openai
+from probes.wire.apis import Api, RequestBody, ResponseBody, parser_of
+from probes.wire.frames import MODEL_LIMIT, Frame, Usage, safe_model
 from probes.wire.http1 import Body, Broken, End, Event, ResponseDecoder, ResponseHead
-from probes.wire.openai import Api, Frame, RequestBody, ResponseBody, Usage, api_of, parse_frame, safe_model
 from probes.wire.sse import SseDecoder
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "wire"
 CHAT = Api.CHAT_COMPLETIONS
+LENIENT = {CHAT: openai.parse_chat_leniently, Api.COMPLETIONS: openai.parse_text_leniently}
+
+
+def parse_frame(api: Api, data: bytes) -> Frame | None:
+    return parser_of(api)(data)
 
 
 @dataclass
@@ -61,7 +67,7 @@ def watch(pieces: list[bytes], api: Api) -> Seen:
         seen.errors += frame.error
         if frame.usage is not None:
             seen.usages.append(frame.usage)
-        if not frame.done:
+        if not frame.done or frame.model:
             seen.models.add(frame.model)
 
     for piece in pieces:
@@ -95,17 +101,41 @@ STREAMS = {
 }
 
 
+CLAUDE, GPT_4O = "claude-sonnet-4-20250514", "gpt-4o-2024-08-06"
+OTHER_APIS = {
+    "llamacpp_completion": (
+        Api.COMPLETION,
+        Seen(200, 5, 3, 1, 0, 0, 0, [Usage(41, 4, 29)], {None, "models/7B/ggml-model.gguf"}, 1),
+    ),
+    "anthropic_messages": (
+        Api.MESSAGES,
+        Seen(200, 18, 6, 1, 1, 0, 0, [Usage(1233, None, 1024), Usage(None, 89, None)], {None, CLAUDE}, 1),
+    ),
+    "anthropic_overloaded": (
+        Api.MESSAGES,
+        Seen(200, 4, 1, 0, 0, 1, 0, [Usage(25, None, None)], {None, CLAUDE}, 1),
+    ),
+    "openai_responses": (
+        Api.RESPONSES,
+        Seen(200, 15, 6, 1, 1, 0, 0, [Usage(1297, 31, 1152)], {None, GPT_4O}, 1),
+    ),
+}
+STREAMS |= {name: expected for name, (_, expected) in OTHER_APIS.items()}
+
+
 def transcript(name: str) -> bytes:
     return (FIXTURES / f"{name}_from_docs.http").read_bytes()
 
 
 def api_for(name: str) -> Api:
+    if name in OTHER_APIS:
+        return OTHER_APIS[name][0]
     return Api.COMPLETIONS if "completions" in name else CHAT
 
 
 def test_every_transcript_is_used() -> None:
     names = {path.name.removesuffix("_from_docs.http") for path in FIXTURES.glob("*.http")}
-    assert names == {*STREAMS, "openai_not_streamed", "vllm_not_found"}
+    assert names == {*STREAMS, "openai_not_streamed", "anthropic_not_streamed", "vllm_not_found"}
 
 
 @pytest.mark.parametrize("name", STREAMS)
@@ -121,8 +151,8 @@ def test_transcripts_in_every_split(name: str) -> None:
         assert watch([data[:at], data[at:]], api) == STREAMS[name]
 
 
-def not_streamed(name: str) -> tuple[int, ResponseBody]:
-    status, body, decoder = 0, ResponseBody(), ResponseDecoder(frozenset())
+def not_streamed(name: str, api: Api = CHAT) -> tuple[int, ResponseBody]:
+    status, body, decoder = 0, ResponseBody(api), ResponseDecoder(frozenset())
     for event in decoder.feed(transcript(name)):
         if isinstance(event, ResponseHead):
             status = event.status
@@ -136,6 +166,17 @@ def not_streamed(name: str) -> tuple[int, ResponseBody]:
 def test_a_response_in_one_piece() -> None:
     status, body = not_streamed("openai_not_streamed")
     assert (status, body.model, body.usage, body.error, body.broken) == (200, GPT, Usage(19, 10, 0), False, False)
+
+
+def test_a_message_in_one_piece() -> None:
+    status, body = not_streamed("anthropic_not_streamed", Api.MESSAGES)
+    assert (status, body.model, body.usage, body.error, body.broken) == (
+        200,
+        CLAUDE,
+        Usage(2057, 5, 2048),
+        False,
+        False,
+    )
 
 
 def test_an_error_in_one_piece() -> None:
@@ -155,63 +196,10 @@ def test_an_error_in_one_piece() -> None:
     ],
 )
 def test_errors_of_response_bodies(text: str, error: bool) -> None:
-    body = ResponseBody()
+    body = ResponseBody(CHAT)
     body.feed(text.encode())
     body.finish()
     assert (body.error, body.broken) == (error, False)
-
-
-def test_request_bodies() -> None:
-    body = RequestBody()
-    body.feed(b'{"messages":[{"content":"\\"model\\":\\"no\\""}],"stream":tr')
-    assert (body.model, body.stream, body.broken) == (None, False, False)
-    body.feed(b'ue,"mod\\u0065l":"role\\u2011play"}')
-    body.finish()
-    assert (body.model, body.stream, body.broken) == ("role\u2011play", True, False)
-
-
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"model":"m"', b'{"model":"m"}{', b"null"])
-def test_request_bodies_that_are_no_object(text: bytes) -> None:
-    body = RequestBody()
-    body.feed(text)
-    body.finish()
-    assert body.broken
-
-
-@pytest.mark.parametrize("value", ["7", "null", "{}", '["m"]', '""', "NaN", '"' + "x" * 5000 + '"'])
-def test_models_that_are_no_name(value: str) -> None:
-    body = RequestBody()
-    body.feed(b'{"model":' + value.encode() + b"}")
-    assert body.model is None
-
-
-def test_a_gap_in_a_request_body() -> None:
-    body = RequestBody()
-    body.feed(b'{"model":"m","messages":"')
-    body.gap()
-    body.feed(b'","stream":true}')
-    body.finish()
-    assert (body.model, body.stream, body.broken) == ("m", False, True)
-
-
-@pytest.mark.parametrize(
-    ("method", "target", "api"),
-    [
-        (b"POST", b"/v1/chat/completions", CHAT),
-        (b"POST", b"/chat/completions", CHAT),
-        (b"POST", b"/openai/deployments/x/chat/completions?api-version=2024-10-21", CHAT),
-        (b"POST", b"http://a:8000/v1/chat/completions", CHAT),
-        (b"POST", b"/v1/completions", Api.COMPLETIONS),
-        (b"POST", b"/v1/completions?q=/chat/completions", Api.COMPLETIONS),
-        (b"GET", b"/v1/chat/completions", None),
-        (b"POST", b"/v1/chat/completions/7", None),
-        (b"POST", b"/v1/models", None),
-        (b"POST", b"/xcompletions", None),
-        (b"POST", b"", None),
-    ],
-)
-def test_api_of(method: bytes, target: bytes, api: Api | None) -> None:
-    assert api_of(method, target) is api
 
 
 def chat(delta: object, **more: object) -> bytes:
@@ -326,7 +314,7 @@ def usage_of(usage: str, timings: str = "null") -> Usage | None:
     same = parse_frame(CHAT, b'{"choices":[{"delta":{}}],"usage":%s,"timings":%s}' % (usage.encode(), timings.encode()))
     assert same is not None
     assert same.usage == frame.usage
-    body = ResponseBody()
+    body = ResponseBody(CHAT)
     body.feed(b'{"usage":%s,"timings":%s}' % (usage.encode(), timings.encode()))
     assert body.usage == (frame.usage if len(usage) <= 4096 else None)
     return frame.usage
@@ -424,7 +412,7 @@ def test_any_name_is_made_safe(name: str) -> None:
     if safe is not None:
         safe.encode()
         assert safe.isprintable()
-        assert len(safe) <= openai.MODEL_LIMIT
+        assert len(safe) <= MODEL_LIMIT
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just("\ud800")
@@ -456,12 +444,12 @@ FRAMES = st.fixed_dictionaries(
 
 
 @settings(deadline=None)  # other work shares the machine
-@given(FRAMES, st.sampled_from(Api))
+@given(FRAMES, st.sampled_from(list(LENIENT)))
 def test_the_quick_way_and_the_lenient_way_agree(frame: dict[str, Any], api: Api) -> None:
     data = json.dumps(frame).encode()
     parsed = parse_frame(api, data)
     assert parsed is not None
-    assert parsed == openai._parse_leniently(api, data)
+    assert parsed == LENIENT[api](data)
 
 
 @settings(deadline=None)  # other work shares the machine
@@ -476,8 +464,8 @@ def test_no_bytes_raise(data: bytes, draw: st.DataObject) -> None:
         for api in Api:
             frame = parse_frame(api, payload)
             assert frame is None or frame.model is None or frame.model.isprintable()
-        for body in (RequestBody(), ResponseBody()):
-            body.feed(payload)
-            body.finish()
-            assert body.model is None or body.model.isprintable()
-            assert body.broken in (True, False)
+            for body in (RequestBody(api), ResponseBody(api)):
+                body.feed(payload)
+                body.finish()
+                assert body.model is None or body.model.isprintable()
+                assert body.broken in (True, False)

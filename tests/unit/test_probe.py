@@ -7,6 +7,7 @@ import logging
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,19 +19,31 @@ from hypothesis import strategies as st
 
 from exporter import attacher
 from exporter.config import Config, Match, Probes, Service
+from exporter.parting import STATUS_PACKET
 from exporter.status import AgentStatus, SyscallLatency
 from probes import libbpf, probe
 from probes.block import BlockProbe
+from probes.cuda import CudaProbe
 from probes.discovery import Targets
 from probes.errors import HostError, ProbeError
 from probes.memory import MemoryProbe
 from probes.probe import Count, Probe, Transport, pick_transport, ring_bytes
+from probes.probe_points import ProbePointsProbe
 from probes.requests import RequestsProbe
 from probes.scheduler import SchedulerProbe
 from probes.syscalls import SyscallsProbe
 from probes.tcp import TcpProbe
 
-ALL: tuple[type[Probe], ...] = (RequestsProbe, SchedulerProbe, TcpProbe, BlockProbe, MemoryProbe, SyscallsProbe)
+ALL: tuple[type[Probe], ...] = (
+    RequestsProbe,
+    SchedulerProbe,
+    TcpProbe,
+    BlockProbe,
+    MemoryProbe,
+    SyscallsProbe,
+    CudaProbe,
+    ProbePointsProbe,
+)
 KIB = 1024
 MIB = 1024 * KIB
 
@@ -61,8 +74,9 @@ def test_streams_have_names_of_their_own() -> None:
 
 
 def test_each_probe_but_the_requests_probe_can_be_switched_off() -> None:
-    assert {kind.name for kind in ALL} <= set(Probes.__struct_fields__)
-    assert set(attacher._OTHER_PROBES) == set(ALL) - {RequestsProbe}
+    by_name = {kind.name for kind in ALL} - {ProbePointsProbe.name}  # which is wanted where the config names points
+    assert by_name <= set(Probes.__struct_fields__)
+    assert set(attacher._OTHER_PROBES) == set(ALL) - {RequestsProbe, ProbePointsProbe}
 
 
 def test_all_rings_together_are_within_the_limit() -> None:
@@ -87,9 +101,11 @@ def test_a_ring_is_a_power_of_two_within_its_share(memory: int, share: float, si
 
 
 def test_without_the_object_the_next_step_is_to_build_it(tmp_path: Path) -> None:
-    for kind in ALL:
+    missing = tmp_path / "none.bpf.o"
+    makers = [partial(kind, Transport.RING) for kind in ALL if kind is not ProbePointsProbe]
+    for make in (*makers, partial(ProbePointsProbe, (), (), Transport.RING)):
         with pytest.raises(HostError) as caught:
-            kind(Transport.RING, object_path=tmp_path / "none.bpf.o")
+            make(object_path=missing)
         assert "make bpf" in caught.value.next_step
 
 
@@ -269,7 +285,7 @@ def fake_probes(monkeypatch: pytest.MonkeyPatch, fails: Mapping[str, str]) -> li
         return Made
 
     monkeypatch.setattr(attacher, "RequestsProbe", make("requests"))
-    monkeypatch.setattr(attacher, "_OTHER_PROBES", tuple(make(kind.name) for kind in ALL[1:]))
+    monkeypatch.setattr(attacher, "_OTHER_PROBES", tuple(make(kind.name) for kind in ALL[1:-1]))
     return log
 
 
@@ -278,7 +294,7 @@ CONFIG = Config(services=(Service("a", Match(port=(80,))),), probes=Probes(block
 
 def test_only_wanted_probes_are_loaded_and_requests_is_attached_last(monkeypatch: pytest.MonkeyPatch) -> None:
     log = fake_probes(monkeypatch, {})
-    with attacher._Probes(CONFIG, Transport.RING) as probes:
+    with attacher._Probes(CONFIG, Transport.RING, 1) as probes:
         assert [each.name for each in probes.up] == ["requests", "scheduler", "tcp", "memory"]
         assert probes.missing == {}
         assert log[-1] == "attach requests"
@@ -291,7 +307,7 @@ def test_a_probe_that_the_kernel_refuses_is_missing_and_holds_nothing(
     when: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = fake_probes(monkeypatch, {"tcp": when})
-    with caplog.at_level(logging.WARNING), attacher._Probes(CONFIG, Transport.RING) as probes:
+    with caplog.at_level(logging.WARNING), attacher._Probes(CONFIG, Transport.RING, 1) as probes:
         assert [each.name for each in probes.up] == ["requests", "scheduler", "memory"]
         assert probes.missing == {"tcp": "the kernel refuses tcp"}
         # Half attached it would go on costing what nobody sees.
@@ -303,7 +319,7 @@ def test_a_probe_that_the_kernel_refuses_is_missing_and_holds_nothing(
 def test_without_the_requests_probe_there_is_no_agent(monkeypatch: pytest.MonkeyPatch) -> None:
     log = fake_probes(monkeypatch, {"requests": "attach"})
     with pytest.raises(ProbeError):
-        attacher._Probes(CONFIG, Transport.RING)
+        attacher._Probes(CONFIG, Transport.RING, 1)
     assert [each for each in log if each.startswith("close")] == [
         "close memory", "close tcp", "close scheduler", "close requests",
     ]  # fmt: skip
@@ -318,12 +334,19 @@ def reporter(status: AgentStatus) -> tuple[attacher._Attacher, socket.socket]:
     made = attacher._Attacher.__new__(attacher._Attacher)
     fake = cast("Any", made)
     fake._discovery = SimpleNamespace(scan=lambda: Targets({}, {}))
-    fake._probes = SimpleNamespace(requests=SimpleNamespace(follow=lambda *_: None))
+    fake._probes = SimpleNamespace(requests=SimpleNamespace(follow=lambda *_: None, targets=dict), others=[])
+    fake._reloads = fake._unsent = None
     fake._run_stats = SimpleNamespace(turn=lambda: None)
     fake._status = lambda: status
     fake._warnings = set()
     fake._socket = ours
     return made, theirs
+
+
+def report(theirs: socket.socket) -> AgentStatus:
+    packet = theirs.recv(1 << 20)
+    assert packet[:1] == STATUS_PACKET
+    return msgspec.json.decode(packet[1:], type=AgentStatus)
 
 
 def latencies(count: int) -> tuple[SyscallLatency, ...]:
@@ -340,7 +363,7 @@ def test_a_report_that_is_too_long_goes_without_system_calls(caplog: pytest.LogC
     with theirs, cast("Any", made)._socket, caplog.at_level(logging.WARNING):
         for _ in range(3):
             made._report()
-            assert msgspec.json.decode(theirs.recv(1 << 20), type=AgentStatus) == STATUS
+            assert report(theirs) == STATUS
     assert caplog.text.count("too many system calls") == 1
 
 
@@ -349,7 +372,7 @@ def test_a_report_of_two_services_is_whole() -> None:
     made, theirs = reporter(status)
     with theirs, cast("Any", made)._socket:
         made._report()
-        assert msgspec.json.decode(theirs.recv(1 << 20), type=AgentStatus) == status
+        assert report(theirs) == status
 
 
 def test_a_reader_that_is_busy_or_gone_is_no_error() -> None:

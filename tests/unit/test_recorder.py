@@ -15,6 +15,7 @@ from exporter.recorder import Recorder
 from exporter.status import AgentStatus, Loss, ProbeStatus
 from exporter.timeline import MessageKind, Stream
 from exporter.why import Explained
+from probes.cuda import CudaProbe
 from probes.memory import MemoryProbe
 from probes.scheduler import SchedulerProbe
 from tests.unit.test_slis import REQUEST
@@ -173,7 +174,7 @@ def test_a_reader_that_comes_after_another_knows_nothing_of_before() -> None:
 
 
 def test_reasons_are_those_that_probes_count() -> None:
-    counted = {count.name.lower() for kind in (SchedulerProbe, MemoryProbe) for count in kind.loss_counts()}
+    counted = {count.name.lower() for kind in (SchedulerProbe, MemoryProbe, CudaProbe) for count in kind.loss_counts()}
     assert recorder.LOSSES.keys() <= counted
 
 

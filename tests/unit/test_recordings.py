@@ -30,44 +30,17 @@ from exporter.recordings import (
     default_name,
     open_folder,
 )
-from exporter.request import Capture, FinishedRequest
+from exporter.request import FinishedRequest
 from exporter.trace_event import Recording
 from exporter.why import Explained
 from probes.errors import FootlightError
+from tests.unit.finished import TOLD, later
 
 S = 1_000_000_000
 MS = 1_000_000
 BEGIN = 5_000 * S
 
-REQUEST = FinishedRequest(
-    number=1,
-    service="roleplay",
-    model="headliner",
-    api="chat_completions",
-    extra=(),
-    streamed=True,
-    status=200,
-    arrived_ns=BEGIN,
-    read_ns=BEGIN + 2 * MS,
-    first_byte_ns=BEGIN + 5 * MS,
-    first_token_ns=BEGIN + 100 * MS,
-    last_token_ns=BEGIN + 338 * MS,
-    finished_ns=BEGIN + 340 * MS,
-    frames=101,
-    prompt_tokens=312,
-    completion_tokens=103,
-    cached_tokens=256,
-    wasted_tokens=0,
-    longest_gap_ns=12 * MS,
-    failure=None,
-    aborted=None,
-    capture=Capture.complete,
-    method="POST",
-    target="/v1/chat/completions",
-    peer="127.0.0.1:40000",
-    tgid=101,
-    tid=103,
-)
+REQUEST = later(TOLD, BEGIN)
 
 
 class HandClock(Clock):

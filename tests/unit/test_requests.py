@@ -1203,3 +1203,115 @@ def test_connection_that_is_opened_twice_begins_anew(scene: Scene, wire: Wire) -
 def test_states_are_those_of_the_kernel() -> None:
     """include/net/tcp_states.h: a stable ABI."""
     assert (ESTABLISHED, FIN_WAIT1, CLOSE, CLOSE_WAIT, LAST_ACK) == (1, 4, 7, 8, 9)
+
+
+# ---- other APIs, and conversations ----
+
+
+def named(kind: str, **members: object) -> bytes:
+    """An event as the Messages and the Responses API send them."""
+    return chunk(f"event: {kind}\n".encode() + event(type=kind, **members))
+
+
+def asks(api_path: str, **members: object) -> bytes:
+    return post(json.dumps({"model": "bard", "stream": True, **members}).encode(), path=api_path)
+
+
+TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+
+
+def message_start(wire: Wire, **usage_members: int) -> None:
+    wire.write(SSE_HEAD, after_ms=1)
+    wire.write(named("message_start", message={"model": "bard", "content": [], "usage": usage_members}), after_ms=1)
+    wire.write(named("content_block_start", index=0, content_block={"type": "text", "text": ""}))
+
+
+def test_a_stream_of_the_messages_api(scene: Scene, wire: Wire) -> None:
+    wire.ask(asks("/v1/messages", messages=TALK), delay_ms=2)
+    message_start(wire, input_tokens=5, cache_read_input_tokens=64, cache_creation_input_tokens=32, output_tokens=1)
+    wire.write(named("ping"), after_ms=3)
+    for _ in range(7):
+        wire.write(named("content_block_delta", index=0, delta={"type": "text_delta", "text": "a"}), after_ms=11)
+    wire.write(named("content_block_stop", index=0), after_ms=1)
+    wire.write(named("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 13}), after_ms=1)
+    wire.write(named("message_stop") + LAST_CHUNK, after_ms=1)
+    request = only(scene.play(wire))
+    assert (request.api, request.model, request.turn, request.capture) == ("messages", "bard", 2, Capture.complete)
+    assert (request.prompt_tokens, request.completion_tokens, request.cached_tokens) == (101, 13, 64)
+    assert (ms(request.first_token_ns), ms(request.last_token_ns), request.frames) == (18, 84, 7)
+    assert scene.series.labels == ("roleplay", "bard", "messages")
+    assert (scene.series.cache_queries, scene.series.cache_hits) == (101, 64)
+
+
+def test_a_stream_of_the_messages_api_that_is_cut_off_counts_its_frames(scene: Scene, wire: Wire) -> None:
+    wire.ask(asks("/v1/messages", messages=TALK))
+    message_start(wire, input_tokens=5, output_tokens=1)
+    for _ in range(7):
+        wire.write(named("content_block_delta", index=0, delta={"type": "text_delta", "text": "a"}), after_ms=11)
+    wire.service_closes()
+    request = only(scene.play(wire))
+    assert (request.completion_tokens, request.frames, request.failure) == (None, 7, Failure.cut_off)
+    assert scene.series.generated_tokens == 7
+
+
+@pytest.mark.parametrize(
+    ("last", "prompt"),
+    [
+        ({"input_tokens": 5, "output_tokens": 13}, 101),
+        ({"input_tokens": 5, "cache_read_input_tokens": 64, "cache_creation_input_tokens": 33}, 102),
+    ],
+)
+def test_a_usage_that_says_less_of_the_prompt_does_not_replace_one(
+    scene: Scene, wire: Wire, last: dict[str, int], prompt: int
+) -> None:
+    wire.ask(asks("/v1/messages", messages=TALK))
+    message_start(wire, input_tokens=5, cache_read_input_tokens=64, cache_creation_input_tokens=32)
+    wire.write(named("message_delta", delta={"stop_reason": "end_turn"}, usage=last))
+    wire.write(named("message_stop") + LAST_CHUNK)
+    request = only(scene.play(wire))
+    assert (request.prompt_tokens, request.cached_tokens) == (prompt, 64)
+
+
+def test_a_stream_of_the_responses_api(scene: Scene, wire: Wire) -> None:
+    wire.ask(asks("/v1/responses", input=TALK))
+    wire.write(SSE_HEAD, after_ms=1)
+    wire.write(named("response.created", response={"model": "bard", "usage": None}), after_ms=1)
+    for _ in range(5):
+        wire.write(named("response.output_text.delta", delta="a"), after_ms=11)
+    counts = {"input_tokens": 31, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 5}
+    wire.write(named("response.completed", response={"model": "bard", "usage": counts}), after_ms=1)
+    wire.client_closes()  # it had all
+    request = only(scene.play(wire))
+    assert (request.api, request.turn, request.aborted, request.failure) == ("responses", 2, None, None)
+    assert (request.prompt_tokens, request.completion_tokens, request.cached_tokens) == (31, 5, 0)
+    assert request.frames == 5
+
+
+def test_a_stream_of_llama_cpp(scene: Scene, wire: Wire) -> None:
+    wire.ask(asks("/completion", prompt="a"))
+    wire.write(SSE_HEAD, after_ms=1)
+    for _ in range(3):
+        wire.write(chunk(event(content="a", stop=False, tokens_predicted=1, tokens_evaluated=41)), after_ms=11)
+    timings = {"cache_n": 29, "prompt_n": 12, "predicted_n": 3}
+    wire.write(chunk(event(content="", stop=True, tokens_cached=44, timings=timings)) + LAST_CHUNK, after_ms=1)
+    request = only(scene.play(wire))
+    assert (request.api, request.turn, request.frames, request.failure) == ("completion", None, 3, None)
+    assert (request.prompt_tokens, request.completion_tokens, request.cached_tokens) == (41, 3, 29)
+
+
+def test_the_turn_of_a_conversation(scene: Scene, wire: Wire) -> None:
+    wire.ask(asks("/v1/chat/completions", messages=TALK))
+    stream(wire)
+    assert only(scene.play(wire)).turn == 2
+
+
+@pytest.mark.parametrize("missing", [1, 53, 4096])
+def test_a_request_that_was_not_seen_whole_has_no_turn(scene: Scene, wire: Wire, missing: int) -> None:
+    talk = [*TALK, {"role": "user", "content": "x" * 5003}]
+    body = json.dumps({"model": "bard", "stream": True, "messages": talk}).encode()
+    request = post(body)
+    wire.arrive(len(request))
+    wire.read(request[:-missing], uncaptured=missing)
+    stream(wire)
+    finished = only(scene.play(wire))
+    assert (finished.model, finished.turn) == ("bard", None)

@@ -23,10 +23,23 @@ def sequence(number: int, prompt: int, max_tokens: int, *, fill: int | None = No
     return SequenceState.of_prompt(number, tokens, max_tokens, CHOICE)
 
 
-def scheduler(blocks: int = 64, *, step_tokens: int = 32, max_running: int = 4, remember: bool = True) -> Scheduler:
+def scheduler(
+    blocks: int = 64,
+    *,
+    step_tokens: int = 32,
+    max_running: int = 4,
+    remember: bool = True,
+    announced: list[tuple[int, int]] | None = None,
+) -> Scheduler:
     ticks = iter(range(1, 1_000_000))
-    pool = BlockPool(blocks, remember=remember)
-    return Scheduler(pool, step_tokens=step_tokens, max_running=max_running, clock=lambda: next(ticks))
+    heard: list[tuple[int, int]] = [] if announced is None else announced
+    return Scheduler(
+        BlockPool(blocks, remember=remember),
+        step_tokens=step_tokens,
+        max_running=max_running,
+        clock=lambda: next(ticks),
+        announce=lambda hits, queries: heard.append((hits, queries)),
+    )
 
 
 def numbers(works: list[Work]) -> list[tuple[int, int]]:
@@ -112,6 +125,24 @@ def test_a_preempted_sequence_s_own_blocks_are_no_cache_hits() -> None:
         step(subject)
     assert subject.preemptions >= 1
     assert (subject.prefix_queries, subject.prefix_hits) == (60, 0)
+
+
+@pytest.mark.parametrize("remember", [True, False])
+@pytest.mark.parametrize("blocks", [4, 64])
+def test_each_sequence_is_looked_up_once_and_all_three_accounts_agree(remember: bool, blocks: int) -> None:
+    announced: list[tuple[int, int]] = []
+    subject = scheduler(blocks, remember=remember, announced=announced)
+    sequences = [sequence(number, 30, 20, fill=7) for number in range(5)]
+    for one in sequences:
+        subject.add(one)
+        step(subject)
+    while subject.busy:
+        step(subject)
+    assert (subject.preemptions > 0) == (blocks == 4)
+    assert sorted(announced) == sorted((one.cached_tokens, one.prompt_tokens) for one in sequences)
+    assert subject.prefix_hits == sum(hits for hits, _ in announced)
+    assert subject.prefix_queries == sum(queries for _, queries in announced) == 150
+    assert (subject.prefix_hits > 0) == remember
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])

@@ -8,40 +8,14 @@ from exporter.labels import OTHER, UNKNOWN
 from exporter.quantiles import SLOT_NS, WINDOW_NS
 from exporter.request import Capture, Failure, FinishedRequest, Phase
 from exporter.slis import BOUNDS, GAPS_AT_ONCE, Series, Sli, Slis
+from tests.unit import finished
+from tests.unit.finished import later
 
 MS = 1_000_000
 START_NS = 1_000_003 * SLOT_NS
 
 # Arrived at 0, read after 2 ms, first token after 53 ms, 11 frames 10 ms apart, finished at 157 ms.
-REQUEST = FinishedRequest(
-    number=1,
-    service="roleplay",
-    model="bard",
-    api="chat_completions",
-    extra=(),
-    streamed=True,
-    status=200,
-    arrived_ns=START_NS,
-    read_ns=START_NS + 2 * MS,
-    first_byte_ns=START_NS + 3 * MS,
-    first_token_ns=START_NS + 53 * MS,
-    last_token_ns=START_NS + 153 * MS,
-    finished_ns=START_NS + 157 * MS,
-    frames=11,
-    prompt_tokens=None,
-    completion_tokens=None,
-    cached_tokens=None,
-    wasted_tokens=0,
-    longest_gap_ns=10 * MS,
-    failure=None,
-    aborted=None,
-    capture=Capture.complete,
-    method="POST",
-    target="/v1/chat/completions",
-    peer="127.0.0.1",
-    tgid=7,
-    tid=7,
-)
+REQUEST = later(finished.REQUEST, START_NS)
 
 
 class Clock:
@@ -408,3 +382,27 @@ def test_a_row_takes_the_configured_labels_together(clock: Clock) -> None:
             )
     (row,) = slis.rows()
     assert (row.ttft_p50, row.ttft_p99) == pytest.approx((0.010, 0.070), rel=0.01)
+
+
+# ---- other bounds ----
+
+
+def test_new_bounds_divide_what_comes_and_leave_what_was_counted_above_them() -> None:
+    slis = Slis(clock=lambda: 10**12)
+    series = slis.series("stage", "alto", "chat_completions", (), True)
+    for ms in (10, 70, 90):
+        series.first_token(ms * 10**6, 10**12)
+    slis.add_bounds({"ttft": [0.077, 0.1]})
+    assert 0.077 in slis.bounds[Sli.TTFT]
+    histogram = series.histograms[Sli.TTFT]
+    assert histogram.within(0.077) == (1, 3)  # 70 ms is below it, but that was not written down
+    assert histogram.within(0.08) == (2, 3)
+    assert histogram.within(0.1) == (3, 3)
+    series.first_token(70 * 10**6, 10**12)
+    assert histogram.within(0.077) == (2, 4)
+    assert histogram.sum_ns == 240 * 10**6
+    slis.add_bounds({"ttft": [0.077]})
+    assert histogram.within(0.077) == (2, 4)
+    other = slis.series("stage", "basso", "chat_completions", (), True)
+    other.first_token(70 * 10**6, 10**12)
+    assert other.histograms[Sli.TTFT].within(0.077) == (1, 1)

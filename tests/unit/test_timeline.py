@@ -361,9 +361,10 @@ def test_the_enumerations_are_those_of_the_probe(name: str, prefix: str, here: t
 
 def test_the_flags_are_those_of_the_probe() -> None:
     flags = {name: int(value) for name, value in re.findall(r"^#define INTERVAL_(\w+) (\d+)", HEADER, re.MULTILINE)}
-    names = ("THROTTLED", "IOWAIT", "TIMEOUT", "BORN", "FIRST", "WAKER_TARGET")
+    names = ("THROTTLED", "IOWAIT", "TIMEOUT", "BORN", "FIRST", "WAKER_TARGET", "GPU")
     assert flags == {name: getattr(timeline_module, name) for name in names}
-    assert f"SPAN_RECLAIM = {timeline_module.SPAN_RECLAIM}," in HEADER
+    for kind in ("SPAN_RECLAIM", "SPAN_GPU_SYNC"):
+        assert f"{kind} = {getattr(timeline_module, kind)}," in HEADER
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exporter.critical_path import Cause, Step
-from exporter.request import Capture, Failure, FinishedRequest
+from exporter.request import Failure, FinishedRequest
 from exporter.timeline import MessageKind, Reason, Waker
 from exporter.trace_event import (
     BLOCK_PID,
@@ -29,6 +29,7 @@ from exporter.trace_event import (
     microseconds,
     write,
 )
+from tests.unit.finished import TOLD, later
 
 US = 1_000
 MS = 1_000_000
@@ -82,35 +83,7 @@ BLOCK = np.dtype(
     ]
 )
 
-REQUEST = FinishedRequest(
-    number=7,
-    service="roleplay",
-    model="headliner",
-    api="chat_completions",
-    extra=(),
-    streamed=True,
-    status=200,
-    arrived_ns=BEGIN + 10 * MS,
-    read_ns=BEGIN + 12 * MS,
-    first_byte_ns=BEGIN + 15 * MS,
-    first_token_ns=BEGIN + 110 * MS,
-    last_token_ns=BEGIN + 348 * MS,
-    finished_ns=BEGIN + 350 * MS,
-    frames=101,
-    prompt_tokens=312,
-    completion_tokens=103,
-    cached_tokens=256,
-    wasted_tokens=0,
-    longest_gap_ns=12 * MS,
-    failure=None,
-    aborted=None,
-    capture=Capture.complete,
-    method="POST",
-    target="/v1/chat/completions",
-    peer="127.0.0.1:40000",
-    tgid=100,
-    tid=101,
-)
+REQUEST = replace(later(TOLD, BEGIN + 10 * MS), number=7, tgid=100, tid=101)
 
 
 def rows(dtype: np.dtype[Any], *each: dict[str, Any]) -> npt.NDArray[Any]:

@@ -11,7 +11,7 @@ import pytest
 
 from exporter.history import History
 from exporter.live import Live, Parts
-from exporter.metrics import Format, Metrics
+from exporter.metrics import Format, Metrics, Sources
 from exporter.slis import Slis
 from exporter.status import AgentStatus, ProbeStatus, ReaderStatus
 from exporter.web import create_app
@@ -27,7 +27,8 @@ def client(status: AgentStatus | None) -> Get:
     slis = Slis()
     slis.series("roleplay", "bard", "completions", (), admit=True)
     live = Live(Parts(slis, History(slis), lambda: status, lambda: ReaderStatus(7), "<0.1>", clock=lambda: NOW_NS))
-    app = create_app(Metrics(slis, lambda: status, version="<0.1>"), live, lambda: status, clock=lambda: NOW_NS)
+    metrics = Metrics(slis, Sources(lambda: status), version="<0.1>")
+    app = create_app(metrics, live, lambda: status, clock=lambda: NOW_NS)
 
     def get(url: str, method: str = "GET", **headers: str) -> httpx.Response:
         async def ask() -> httpx.Response:
@@ -189,15 +190,22 @@ def test_every_answer_carries_the_safe_headers(get: Get, path: str) -> None:
 # ---- what is explained and recorded ----
 
 
-class Sources:
+class Explaining:
     """What requests are explained by, and recordings; `asked` are the seconds of each recording."""
 
     def __init__(self, recording: Callable[[], Iterator[bytes]] = lambda: iter((b'{"a":', b"1}"))) -> None:
         self.asked: list[float] = []
+        self.reloads = 0
+        self.problem: str | None = None
         self._recording = recording
         slis = Slis()
         live = Live(Parts(slis, History(slis), lambda: UP, lambda: ReaderStatus(0), "1", clock=lambda: NOW_NS))
-        self.app = create_app(Metrics(slis, lambda: UP), live, lambda: UP, lambda: NOW_NS, self.why, self.record)
+        metrics = Metrics(slis, Sources(lambda: UP))
+        self.app = create_app(metrics, live, lambda: UP, lambda: NOW_NS, self.why, self.record, self.reload)
+
+    async def reload(self) -> str | None:
+        self.reloads += 1
+        return self.problem
 
     def why(self) -> Iterator[bytes]:
         yield b'{"n":1}\n'
@@ -210,16 +218,16 @@ class Sources:
     def http(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://agent")
 
-    def get(self, path: str) -> httpx.Response:
+    def get(self, path: str, method: str = "GET") -> httpx.Response:
         async def ask() -> httpx.Response:
             async with self.http() as http:
-                return await http.get(path)
+                return await http.request(method, path)
 
         return asyncio.run(ask())
 
 
 def test_explained_requests_are_json_lines() -> None:
-    answer = Sources().get("/api/why")
+    answer = Explaining().get("/api/why")
     assert (answer.status_code, answer.headers["content-type"]) == (200, "application/jsonl")
     assert [json.loads(line) for line in answer.text.splitlines()] == [{"n": 1}, {"n": 2}]
     assert answer.headers["cache-control"] == "no-store"
@@ -229,7 +237,7 @@ def test_explained_requests_are_json_lines() -> None:
     ("query", "seconds"), [("", 60), ("?seconds=7", 7), ("?seconds=0.5", 0.5), ("?seconds=60", 60)]
 )
 def test_a_recording_is_json_of_the_last_seconds(query: str, seconds: float) -> None:
-    sources = Sources()
+    sources = Explaining()
     answer = sources.get(f"/api/record{query}")
     assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
     assert answer.json() == {"a": 1}
@@ -240,7 +248,7 @@ def test_a_recording_is_json_of_the_last_seconds(query: str, seconds: float) -> 
     "text", ["0", "60.001", "61", "-1", "1e1", "nan", "inf", "", "1_0", "\u0661", "0x1", " 1", "9" * 5000]
 )
 def test_other_times_are_refused(text: str) -> None:
-    sources = Sources()
+    sources = Explaining()
     answer = sources.get(f"/api/record?seconds={text}")
     assert answer.status_code == 400
     assert "at most 60" in answer.text
@@ -256,7 +264,7 @@ def test_without_the_scheduler_probe_there_is_nothing_and_it_says_why(get: Get, 
 
 def test_one_recording_at_a_time() -> None:
     """Each is a copy of the last minute: twenty at once would be more than the agent may use."""
-    sources = Sources()
+    sources = Explaining()
 
     async def ask() -> list[httpx.Response]:
         async with sources.http() as http:
@@ -275,7 +283,7 @@ def test_after_a_recording_that_broke_the_next_one_is_made() -> None:
         yield b"{"
         raise OSError("broken")
 
-    sources = Sources(breaks)
+    sources = Explaining(breaks)
     for count in (1, 2):
         with pytest.raises(OSError, match="broken"):
             sources.get("/api/record")
@@ -297,10 +305,29 @@ def test_the_loop_has_its_turn_between_the_pieces() -> None:
                 await asyncio.sleep(0)
 
         counting = asyncio.create_task(count())
-        async with Sources(lambda: iter([b" "] * pieces)).http() as http:
+        async with Explaining(lambda: iter([b" "] * pieces)).http() as http:
             assert (await http.get("/api/record")).text == " " * pieces
         done.set()
         await counting
 
     asyncio.run(ask())
     assert turns >= pieces
+
+
+# ---- another configuration ----
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+def test_a_reload_is_asked_for_and_its_outcome_told(method: str) -> None:
+    explaining = Explaining()
+    assert (explaining.get("/-/reload", method).status_code, explaining.reloads) == (200, 1)
+    explaining.problem = "a.yaml:7: unknown key 'x'"
+    refused = explaining.get("/-/reload", method)
+    assert (refused.status_code, refused.text) == (500, "a.yaml:7: unknown key 'x'\n")
+
+
+def test_a_link_cannot_reload(get: Get) -> None:
+    explaining = Explaining()
+    assert explaining.get("/-/reload").status_code == 405
+    assert explaining.reloads == 0
+    assert get("/-/reload", "POST").status_code == 500

@@ -24,7 +24,6 @@ from exporter.cli.causes import _LOOKS, Screen, apportion
 from exporter.config import Address, Config, Match, Service
 from exporter.critical_path import Cause, Step, totals
 from exporter.fronts import Clock
-from exporter.request import Capture, FinishedRequest
 from exporter.status import AgentStatus
 from exporter.why import (
     CAUSES,
@@ -41,41 +40,14 @@ from exporter.why import (
     show,
     window_s,
 )
+from tests.unit.finished import TOLD, later
 
 S = 1_000_000_000
 MS = 1_000_000
 BEGIN = 987_654_321_987_654_321
 WALL = 1_700_000_000 * S
 
-REQUEST = FinishedRequest(
-    number=7,
-    service="roleplay",
-    model="headliner",
-    api="chat_completions",
-    extra=(),
-    streamed=True,
-    status=200,
-    arrived_ns=BEGIN,
-    read_ns=BEGIN + 2 * MS,
-    first_byte_ns=BEGIN + 5 * MS,
-    first_token_ns=BEGIN + 100 * MS,
-    last_token_ns=BEGIN + 338 * MS,
-    finished_ns=BEGIN + 340 * MS,
-    frames=101,
-    prompt_tokens=312,
-    completion_tokens=103,
-    cached_tokens=256,
-    wasted_tokens=0,
-    longest_gap_ns=12 * MS,
-    failure=None,
-    aborted=None,
-    capture=Capture.complete,
-    method="POST",
-    target="/v1/chat/completions",
-    peer="127.0.0.1:40000",
-    tgid=101,
-    tid=103,
-)
+REQUEST = replace(later(TOLD, BEGIN), number=7)
 NAMES = {103: "uvicorn", 204: "engine", 305: "loader"}
 PLAN = (
     # ms, thread, cause, detail, woken by

@@ -1,0 +1,186 @@
+"""What `check` finds beside the host: GPUs' device files, uprobes for CUDA, the engines' own metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import encodings.idna  # noqa: F401 - a host's name needs it, and nobody may not read it
+import json
+import logging
+import os
+import select
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from exporter.config import AUTO, OFF, ON, Config, GpuConfig, Probes
+from exporter.labels import safe
+from probes import libbpf, privileges
+from probes.devices import DeviceFile, find_devices
+from probes.engine_metrics import Endpoint, EndpointReport, EngineSource
+from probes.engine_page import Failure
+from probes.errors import FootlightError
+from probes.gpu_report import GpuReport
+from probes.host import Check
+from probes.nvml import NvmlSource
+
+ENGINE_TIMEOUT_S: Final = 2.0
+PATIENCE_S: Final = 30.0
+"""After this time whoever looks without privileges is ended."""
+UPROBES: Final = Path("/sys/bus/event_source/devices/uprobe/type")
+_ANSWER_BYTES: Final = 1 << 20
+_PATHS_SHOWN: Final = 4
+
+_NEXT_STEPS: Final = {
+    Failure.REFUSED: "start the engine, or mend the port in engine_metrics",
+    Failure.TIMEOUT: "see whether the engine is stuck; footlight asks again by itself",
+    Failure.HTTP_STATUS: "mend the path in engine_metrics; mostly it is /metrics",
+    Failure.NOT_METRICS: "mend the path in engine_metrics; mostly it is /metrics",
+    Failure.UNKNOWN_ENGINE: "write `engine_metrics: off`: no figure of it is understood",
+    Failure.TLS: "give the engine a certificate that this host trusts, or use http",
+}
+
+
+def examine(config: Config | None) -> list[Check]:
+    """What is found; with a config, for what it wants. Asks engines, so it may take some seconds."""
+    gpu = config.gpu if config is not None else GpuConfig()
+    wanted = config.probes if config is not None else Probes()
+    found: list[Check] = []
+    if wanted.gpu != OFF:
+        found += as_nobody(lambda: [gpu_check(NvmlSource(gpu.library).look(), wanted.gpu == ON)], "GPU")
+    found += [devices_check(find_devices(gpu.devices), gpu.devices), cuda_check(wanted.cuda)]
+    asked = engine_endpoints(config) if config is not None else {}
+    if asked:
+        found += as_nobody(lambda: engine_checks(asked), "engine metrics")
+    return found
+
+
+def gpu_check(report: GpuReport, wanted: bool) -> Check:
+    """What the driver tells of the GPUs; that it is missing stands in the way only where GPUs are `wanted`."""
+    if report.problem is not None and not report.gpus:
+        step = report.next_step or "write probes: {gpu: off} where there is no GPU"
+        return Check("GPU", False, wanted, report.problem, step)
+    names = Counter(safe(gpu.name) for gpu in report.gpus)
+    not_told = {call for gpu in report.gpus for call in gpu.not_told}
+    parts = [
+        ", ".join(f"{count} x {name}" for name, count in names.items()) or "no GPU",
+        f"driver {safe(report.driver_version)}" if report.driver_version else "",
+        f"library {safe(report.library)}" if report.library else "",
+        f"{len(not_told)} calls not supported" if not_told else "",
+        report.problem or "",
+    ]
+    well = bool(report.gpus) and report.problem is None
+    return Check("GPU", well, wanted and not report.gpus, "; ".join(filter(None, parts)), report.next_step)
+
+
+def devices_check(found: Sequence[DeviceFile], patterns: Sequence[str]) -> Check:
+    """Which files are GPUs', in which a wait is one for a GPU."""
+    if not found:
+        return Check(
+            "GPU devices",
+            False,
+            False,
+            f"no device file matches {', '.join(patterns)}: waits for a GPU are not told from others",
+            "nothing where there is no GPU; else name its files in the config: gpu: {devices: [/dev/...]}",
+        )
+    names = [device.path for device in found]
+    more = f" and {len(names) - _PATHS_SHOWN} more" if len(names) > _PATHS_SHOWN else ""
+    return Check("GPU devices", True, False, f"{', '.join(names[:_PATHS_SHOWN])}{more}")
+
+
+def cuda_check(
+    wanted: bool, uprobes: Path = UPROBES, by_process: Callable[[], bool] = libbpf.has_uprobe_multi
+) -> Check:
+    """Whether calls of the CUDA driver could be, or can be, counted."""
+    if not uprobes.exists():
+        return Check(
+            "CUDA calls",
+            False,
+            False,
+            "this kernel has no uprobes",
+            "boot a kernel with CONFIG_UPROBE_EVENTS" if wanted else "nothing, unless probes: {cuda: on} is wanted",
+        )
+    who = "only the service's processes pay" if by_process() else "each process that maps the library pays"
+    return Check("CUDA calls", True, False, f"uprobes, {who}" + ("" if wanted else "; off: probes: {cuda: on}"))
+
+
+# ---- engines ----
+
+
+def engine_endpoints(config: Config) -> dict[str, tuple[Endpoint, ...]]:
+    """Where the config says that engines tell their metrics. What is discovered needs an agent that runs."""
+    return {
+        service.name: (Endpoint(service.engine_metrics),)
+        for service in config.services
+        if service.engine_metrics not in {AUTO, OFF}
+    }
+
+
+def engine_checks(asked: dict[str, tuple[Endpoint, ...]], timeout_s: float = ENGINE_TIMEOUT_S) -> list[Check]:
+    """Ask each engine once, and say what it is."""
+    report = EngineSource(lambda: asked, time.monotonic_ns, timeout_s).look()
+    return [_engine_check(endpoint) for endpoint in report.endpoints]
+
+
+def _engine_check(said: EndpointReport) -> Check:
+    place = urlsplit(said.url)  # without what may be a secret, such as a token in the query
+    where = safe(f"{said.service}, {place.scheme}://{place.netloc}{place.path}")
+    if not said.up:
+        reason = "nothing understood" if said.failure is None else said.failure.value.replace("_", " ")
+        step = _NEXT_STEPS.get(said.failure) if said.failure is not None else None
+        return Check("engine metrics", False, False, f"{where}: {reason}", step or "mend engine_metrics in the config")
+    engines = sorted({model.engine for model in said.models})
+    names = sorted({safe(model.model) for model in said.models if model.model is not None})
+    models = f", models: {', '.join(names[:_PATHS_SHOWN])}" if names else ""
+    more = f" and {len(names) - _PATHS_SHOWN} more" if len(names) > _PATHS_SHOWN else ""
+    return Check("engine metrics", True, False, f"{where}: {', '.join(engines)}{models}{more}")
+
+
+# ---- without privileges ----
+
+
+def as_nobody(look: Callable[[], Iterable[Check]], name: str, patience_s: float = PATIENCE_S) -> list[Check]:
+    """What `look` finds in a child process that has given up its privileges, as the reader has.
+
+    What it asks is not trusted, and what root would be told need not be what the reader is. One finding called `name`
+    where nothing came back.
+    """
+    reading, writing = os.pipe()
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        try:
+            logging.disable()  # what it would log is in what it finds
+            with contextlib.suppress(FootlightError):  # the check of the reader's privileges says so
+                privileges.drop_to_nobody([writing])
+            answer = json.dumps([asdict(check) for check in look()]).encode()
+            with os.fdopen(writing, "wb") as pipe:
+                pipe.write(answer[:_ANSWER_BYTES])
+        finally:
+            os._exit(0)
+    os.close(writing)
+    try:
+        said = _read(reading, time.monotonic() + patience_s)
+    finally:
+        os.close(reading)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    try:
+        return [Check(**each) for each in json.loads(said)]
+    except (ValueError, TypeError):
+        return [Check(name, False, False, "whoever looked for it came to no end", "run it again")]
+
+
+def _read(descriptor: int, deadline: float) -> bytes:
+    said = b""
+    while True:
+        ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
+        more = os.read(descriptor, 65536) if ready else b""
+        if not more or len(said) > _ANSWER_BYTES:
+            return said
+        said += more

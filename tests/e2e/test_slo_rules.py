@@ -1,0 +1,237 @@
+"""Rules of objectives in real tools: promtool checks them and plays their tests, Prometheus records what happened."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.e2e.agent import agent, footlight
+from tests.e2e.client import Ask, talk
+from tests.e2e.processes import free_port, need, service, started, wait_for
+
+EVERY_KIND = """\
+services:
+  - {name: roleplay, match: {port: 8000}}
+  - {name: team/companion, match: {port: 8001}}
+slos:
+  - {name: first-token, sli: ttft, below: 300ms, target: 99%}
+  - {name: gaps, sli: itl, below: 50ms, target: 99.99%, service: roleplay, window: 7d}
+  - {name: per-token, sli: tpot, below: 40ms, target: 95%, service: roleplay, model_name: 'a"b\\c/7b'}
+  - {name: no-stall, sli: longest_gap, below: 2s, target: 99%, service: roleplay, window: 100h}
+  - {name: whole, sli: duration, below: 30s, target: 99%, service: roleplay}
+  - {name: answers, sli: errors, target: 99.5%, service: roleplay}
+  - {name: no-5xx, sli: errors, target: 99.9%, service: roleplay, reasons: server_error}
+  - {name: stays, sli: aborts, target: 97%, service: roleplay}
+  - {name: cache, sli: kv_cache_hit_ratio, at_least: 60%, service: roleplay}
+  - {name: speed, sli: decode_tokens_per_second, at_least: 30, target: 95%, service: roleplay}
+  - {name: run-queue, sli: kernel_run_queue_wait_seconds, below: 8.192ms, target: 99.9%, service: roleplay}
+  - {name: memory, sli: kernel_resident_memory_bytes, below: 8GiB, target: 99%, service: roleplay}
+  - {name: cool, sli: gpu_temperature_celsius, below: 85, target: 99.9%}
+  - {name: busy, sli: gpu_utilization_ratio, at_least: 5%, target: 50%}
+"""
+ONE = """\
+services: [{name: roleplay, match: {port: 8000}}]
+slos: [{name: first-token, sli: ttft, below: 300ms, target: 99%}]
+"""
+SLOTH = """\
+version: prometheus/v1
+service: checkout
+slos:
+  - name: availability
+    objective: 99
+    sli:
+      events:
+        error_query: sum(rate(http_requests_total{code=~"5.."}[{{.window}}]))
+        total_query: sum(rate(http_requests_total[{{.window}}]))
+    alerting: {name: CheckoutDown}
+  - name: raw
+    objective: 99
+    sli: {raw: {error_ratio_query: 'sum(rate(a[{{.window}}])) / sum(rate(b[{{.window}}]))'}}
+    alerting: {}
+"""
+MONTH = "30 days of uneven traffic give the true ratio"
+
+
+def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [need("promtool", "prometheus"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def generate(folder: Path, config: str, *more: str | Path) -> tuple[Path, Path]:
+    """The rules of a configuration and their tests."""
+    (folder / "footlight.yaml").write_text(config)
+    rules, tests = folder / "slos.yaml", folder / "slos_test.yaml"
+    options = ("--config", folder / "footlight.yaml", "-o", rules, "--tests", tests, *more)
+    done = footlight("slo", "rules", *map(str, options))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    return rules, tests
+
+
+def keep(tests: Path, wanted: Callable[[str], bool]) -> list[str]:
+    """Leave only some of the stories in a file, and tell which."""
+    document = yaml.safe_load(tests.read_text())
+    document["tests"] = [test for test in document["tests"] if wanted(test["name"])]
+    tests.write_text(yaml.safe_dump(document, sort_keys=False))
+    return [test["name"] for test in document["tests"]]
+
+
+def test_promtool_takes_the_rules_of_every_kind_and_their_tests_pass(tmp_path: Path) -> None:
+    (tmp_path / "sloth.yaml").write_text(SLOTH)
+    rules, tests = generate(tmp_path, EVERY_KIND, "--sloth", tmp_path / "sloth.yaml")
+    checked = promtool("check", "rules", rules)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert "SUCCESS" in checked.stdout
+    assert len(set(keep(tests, lambda name: name != MONTH))) == 6  # a month is played below, with less to evaluate
+    played = promtool("test", "rules", tests)
+    assert played.returncode == 0, played.stdout + played.stderr
+    assert "SUCCESS" in played.stdout
+
+
+def test_a_month_of_uneven_traffic_gives_the_true_ratio(tmp_path: Path) -> None:
+    rules, tests = generate(tmp_path, ONE)
+    assert keep(tests, lambda name: name == MONTH) == [MONTH]
+    played = promtool("test", "rules", tests)
+    assert played.returncode == 0, played.stdout + played.stderr
+    # Averages of ratios, as Sloth takes them, do not: the same test says so.
+    text = rules.read_text()
+    (sums,) = (rule for rule in _rules(text) if rule.get("record") == "slo:sli_error:ratio_rate30d")
+    these = sums["expr"][sums["expr"].index("{") : sums["expr"].index("}") + 1]
+    document = yaml.safe_load(text)
+    for rule in _rules_in(document):
+        if rule.get("record") == "slo:sli_error:ratio_rate30d":
+            rule["expr"] = f"avg_over_time(slo:sli_error:ratio_rate1h{these}[30d:1h])"
+    rules.write_text(yaml.safe_dump(document, sort_keys=False))
+    assert promtool("test", "rules", tests).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("(14.4 * 0.01)", "(144 * 0.01)"),  # a fast burn fires
+        ("(6 * 0.01)", "(16 * 0.01)"),  # so does one that is less fast, for longer
+        ("(1 * 0.01)", "(10 * 0.01)"),  # a slow one does
+        (">= 20)", ">= 0)"),  # next to no traffic is quiet
+        ("increase(llm", "delta(llm"),  # restarts are harmless
+        ('le="0.3"', 'le="0.5"'),
+        ("{service_name=", "{service="),
+        ("absent(footlight_target_processes", "absent(nothing"),
+        ("absent(footlight_target_processes", "vector(1) unless (1 + footlight_target_processes"),
+    ],
+)
+def test_rules_that_are_wrong_fail_their_tests(tmp_path: Path, right: str, wrong: str) -> None:
+    rules, tests = generate(tmp_path, ONE)
+    keep(tests, lambda name: name != MONTH)
+    text = rules.read_text()
+    assert right in text
+    rules.write_text(text.replace(right, wrong))
+    assert promtool("check", "rules", rules).returncode == 0
+    assert promtool("test", "rules", tests).returncode == 1
+
+
+def test_bad_objectives_leave_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "footlight.yaml"
+    path.write_text(ONE.replace("below: 300ms", "above: 300ms"))
+    done = footlight("slo", "rules", "--config", str(path), "-o", str(tmp_path / "slos.yaml"))
+    assert (done.returncode, done.stdout) == (4, "")
+    assert f"{path}:2: slos[0]: unknown key 'above'" in done.stderr
+    assert not (tmp_path / "slos.yaml").exists()
+
+
+def _rules(text: str) -> list[dict[str, Any]]:
+    return _rules_in(yaml.safe_load(text))
+
+
+def _rules_in(document: dict[str, Any]) -> list[dict[str, Any]]:
+    return [rule for group in document["groups"] for rule in group["rules"]]
+
+
+# ---- Prometheus, an agent and requests ----
+
+PROMETHEUS = """\
+global: {{scrape_interval: 500ms, scrape_timeout: 400ms, evaluation_interval: 500ms}}
+rule_files: [{rules}]
+scrape_configs:
+  - job_name: footlight
+    static_configs: [{{targets: ["{target}"]}}]
+"""
+Query = Callable[[str], dict[tuple[str, ...], float]]
+
+
+@pytest.fixture(scope="module")
+def query(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Query]:
+    """Ask a Prometheus with the rules, after 23 requests, of which 5 had a late first token and 3 failed."""
+    folder = tmp_path_factory.mktemp("slos")
+    fast = {"frames": 7, "first_ms": 12, "gap_ms": 3}
+    good, late = Ask(script=fast), Ask(script={**fast, "first_ms": 450})
+    with service("uvicorn-uvloop", folder) as running:
+        config = (
+            f"services: [{{name: stage, match: {{port: {running.port}}}}}]\n"
+            "slos:\n  - {name: first-token, sli: ttft, below: 300ms, target: 99%}\n"
+            "  - {name: answers, sli: errors, target: 99%}\n"
+        )
+        rules, _ = generate(folder, config)
+        with agent(folder, "run", "--config", str(folder / "footlight.yaml")) as observer:
+            (folder / "prometheus.yml").write_text(PROMETHEUS.format(rules=rules, target=observer.address))
+            port = free_port()
+            command = [
+                need("prometheus", "prometheus"),
+                f"--config.file={folder / 'prometheus.yml'}",
+                f"--storage.tsdb.path={folder / 'data'}",
+                f"--web.listen-address=127.0.0.1:{port}",
+            ]
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+            def ask(text: str) -> dict[tuple[str, ...], float]:
+                url = f"http://127.0.0.1:{port}/api/v1/query?{urllib.parse.urlencode({'query': text})}"
+                try:
+                    with opener.open(url, timeout=10) as response:
+                        result = json.load(response)["data"]["result"]
+                except OSError:
+                    return {}
+                names = ("service_name", "model_name", "sloth_slo")
+                return {
+                    tuple(each["metric"].get(name, "") for name in names): float(each["value"][1]) for each in result
+                }
+
+            talk(running.port, [good])  # what a counter has when it is first seen is no increase
+            with started(command, folder / "prometheus.log"):
+                wait_for("the first request in Prometheus", lambda: ask("llm_time_to_first_token_seconds_count"))
+                talk(running.port, [late] * 5, [good] * 15, [Ask(script={"status": 503})] * 3)
+                observer.wait_requests(24)
+                wait_for(
+                    "the requests in what was recorded",
+                    lambda: sum(ask("slo:sli_error:increase5m").values()) > 7.9 or None,
+                )
+                yield ask
+
+
+def test_prometheus_records_what_happened(query: Query) -> None:
+    late, failing = ("stage", "alto", "first-token"), ("stage", "alto", "answers")
+    # Increases are extrapolated to their window's ends, good and bad ones alike.
+    ratios = wait_for("ratios", lambda: query("slo:sli_error:ratio_rate5m"))
+    assert ratios == {late: pytest.approx(5 / 20, abs=0.01), failing: pytest.approx(3 / 23, abs=0.01)}
+    assert query("slo:sli_total:increase5m")[late] == pytest.approx(20, rel=0.15)
+    assert query("slo:objective:ratio") == {("", "", "first-token"): 0.99, ("", "", "answers"): 0.99}
+    assert query("slo:current_burn_rate:ratio")[late] == pytest.approx(25, rel=0.05)
+    assert query("slo_violation_count")[failing] == pytest.approx(3, rel=0.2)
+
+
+def test_prometheus_knows_the_names_that_teams_know(query: Query) -> None:
+    key = ("stage", "alto", "")
+    assert 400 < query("p99_inference_latency_ms")[key] <= 800
+    assert 0 <= query("kv_cache_hit_ratio").get(key, 0) <= 1
+    assert query('count({__name__=~"slo:sli_(error|total):increase1h"})') == {("", "", ""): 4}
+
+
+def test_alerts_wait_for_enough_traffic(query: Query) -> None:
+    assert query('count(ALERTS{alertname="SLOMetricAbsent", alertstate="firing"})') == {}
+    burning = wait_for("the alert", lambda: query('count by (sloth_slo) (ALERTS{alertname="ErrorBudgetBurn"})'))
+    assert set(burning) <= {("", "", "first-token"), ("", "", "answers")}
