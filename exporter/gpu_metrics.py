@@ -40,9 +40,7 @@ def _info(scrape: Scrape) -> Iterator[Point]:
             yield (safe(instance.uuid), safe(instance.name), place, driver, safe(instance.profile)), 1
 
 
-def _one(
-    name: str, text: str, get: Callable[[Gpu], float | None], unit: str = "", kind: Kind = Kind.GAUGE
-) -> Family:
+def _one(name: str, text: str, get: Callable[[Gpu], float | None], unit: str = "", kind: Kind = Kind.GAUGE) -> Family:
     """One value for each GPU."""
 
     def points(scrape: Scrape) -> Iterator[Point]:
@@ -269,9 +267,7 @@ def gpu_families() -> Sequence[Family]:
             lambda gpu: (((_xid(xid.code),), xid.last_time) for xid in gpu.xids if xid.last_time is not None),
             "seconds",
         ),
-        _one(
-            "gpu_pcie_replays", "Times that PCIe had to send again.", lambda gpu: gpu.pcie_replays, kind=Kind.COUNTER
-        ),
+        _one("gpu_pcie_replays", "Times that PCIe had to send again.", lambda gpu: gpu.pcie_replays, kind=Kind.COUNTER),
         _many(
             "gpu_pcie_bytes",
             "Bytes over PCIe, by the GPU's direction.",

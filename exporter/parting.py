@@ -32,9 +32,9 @@ CONFIG_PACKET: Final = b"C"
 class Inheritance:
     """What the attacher leaves to a reader: the streams and counters of every probe that is up, and the rest.
 
-    `recordings` is the open folder of recordings, where one is configured.
-    `resumes` is set when an earlier reader died over the same rings. `room` is for how many services the probes count.
-    `points` are the slots of the probe points. A byte written to `reloads` asks the attacher to read the configuration again; None where it has no file.
+    `recordings` is the open folder of recordings, where one is configured. `resumes` is set when an earlier reader died
+    over the same rings. `room` is for how many services the probes count. `points` are the slots of the probe points. A
+    byte written to `reloads` asks the attacher to read the configuration again; None where it has no file.
     """
 
     config: Config

@@ -1,4 +1,4 @@
-"""A configuration that changes while the agent runs: what may change, what keeps its place, and how a change is noticed.
+"""Another configuration for a running agent: what may change, what keeps its place, how a change is noticed.
 
 The kernel and the reader know services by their index. So a service keeps its place for as long as the agent runs: a
 new one goes behind the others, one that is gone leaves its place to nobody.

@@ -118,7 +118,8 @@ class NvmlSource:
         problem, step = self._problem or (None, "")
         if problem != self._logged:
             if problem is not None:
-                log.warning("GPUs: %s; %s", problem, step)
+                # A host without a driver is nothing to worry about; one with a driver and no GPU is.
+                log.log(logging.WARNING if self._present else logging.INFO, "GPUs: %s; %s", problem, step)
             else:
                 log.info("GPUs: all %d of them can be read", len(gpus))
             self._logged = problem

@@ -191,6 +191,15 @@ def test_an_old_driver_names_no_profile_and_it_is_made_of_the_slices(built: Path
     assert len(gpu.throttled) == 6
 
 
+@pytest.mark.parametrize("call", ["nvmlDeviceGetTemperature", "nvmlDeviceGetTemperatureV"])
+def test_either_call_for_the_temperature_will_do(built: Path, tmp_path: Path, opened: Open, call: str) -> None:
+    driver = Driver(built, tmp_path, fixture("h200"))
+    driver.hush(0, f"{call}:0")
+    (gpu,) = opened(driver).look().gpus
+    assert dict(gpu.temperatures)["gpu"] == 61.0
+    assert not any("Temperature" in what for what in gpu.not_told)
+
+
 def test_a_t4_throttles_and_has_neither_rows_nor_links(built: Path, tmp_path: Path, opened: Open) -> None:
     (gpu,) = opened(Driver(built, tmp_path, fixture("t4"))).look().gpus
     assert [reason for reason, now in gpu.throttled if now] == ["sw_thermal_slowdown"]

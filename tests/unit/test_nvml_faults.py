@@ -190,7 +190,7 @@ FIELDS: dict[str, set[str]] = {
     "nvmlDeviceGetPowerUsage": {"power_watts"},
     "nvmlDeviceGetEnforcedPowerLimit": {"power_limit_watts"},
     "nvmlDeviceGetTotalEnergyConsumption": {"energy_joules"},
-    "nvmlDeviceGetTemperatureV:0": {"temperatures"},
+    "nvmlDeviceGetTemperature:0": {"temperatures"},
     "field:82:0": {"temperatures"},
     "nvmlDeviceGetClockInfo:0": {"clocks"},
     "nvmlDeviceGetClockInfo:3": {"clocks"},
@@ -276,7 +276,7 @@ def test_a_sentinel_is_absent(
 def test_sentinels_in_lists_are_absent_alone(driver: Driver, opened: Open) -> None:
     driver.say(0, "nvmlDeviceGetMemoryInfo_v2", 1009, "0xFFFFFFFFFFFFFFFF", 0, 503)
     driver.say(0, "nvmlDeviceGetClockInfo:1", "0xFFFFFFFF")
-    driver.say(0, "nvmlDeviceGetTemperatureV:0", "0xFFFFFFFF")
+    driver.say(0, "nvmlDeviceGetTemperature:0", "0xFFFFFFFF")
     driver.say(0, "field:82:0", "uint", "0xFFFFFFFF")
     driver.say(0, "field:197:0", "wide", "0xFFFFFFFFFFFFFFFF")
     driver.say(0, "field:138:4294967295", "nonsense", 7)
@@ -288,7 +288,7 @@ def test_sentinels_in_lists_are_absent_alone(driver: Driver, opened: Open) -> No
     gpu = report.gpus[0]
     assert gpu.memory == GpuMemory(1009, 503, None)
     assert [domain for domain, _ in gpu.clocks] == ["graphics", "memory", "video"]
-    assert gpu.temperatures == (("gpu", -1.0),)  # of a signed number, that is no sentinel
+    assert gpu.temperatures == ()
     assert gpu.pcie_bytes == (("received", 211106232533),)
     assert gpu.nvlink_bytes == (("received", 57490003 * 1024),)
     assert ("corrected", "aggregate") not in {error[:2] for error in gpu.ecc_errors} and len(gpu.ecc_errors) == 3
