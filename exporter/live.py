@@ -18,6 +18,7 @@ from exporter.why import encode
 
 if TYPE_CHECKING:
     from exporter.slis import Slis
+    from exporter.slo.status import Standing
     from exporter.why import Explained
 
 JsonObject = dict[str, Any]
@@ -153,6 +154,23 @@ class Live:
                 for each in (status.probes if status else ())
             ],
         }
+
+
+def objective_object(standing: Standing) -> JsonObject:
+    """How an objective stands, as JSON types; null is what is not known yet."""
+    rates = dict(standing.burn_rates)
+    return {
+        "name": standing.slo.name,
+        "service": standing.service_name,
+        "model": standing.model_name,
+        "target": standing.slo.target,
+        "good": standing.good,
+        "total": standing.events,
+        "ratio": standing.good / standing.events if standing.events else None,
+        "burn_rate_5m": rates.get(300),
+        "burn_rate_1h": rates.get(3600),
+        "budget_remaining": standing.budget_left,
+    }
 
 
 def _first_token_ns(explained: Explained) -> int:

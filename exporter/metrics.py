@@ -29,6 +29,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import CollectorRegistry
 from prometheus_client.utils import floatToGoString
 
+from exporter.alertmanager import alert_families
 from exporter.cache_metrics import cache_families
 from exporter.cuda_metrics import cuda_families
 from exporter.engine_metrics import engine_families
@@ -38,12 +39,14 @@ from exporter.kernel_metrics import kernel_families
 from exporter.labels import safe
 from exporter.probe_points import probe_point_families
 from exporter.slis import QUANTILE_SLIS, QUANTILES, Histogram, Series, Sli, Slis
+from exporter.slo.status import SloStatus, slo_families
 from exporter.status import AgentStatus, ProbeStatus, ProcessUsage, ReaderStatus, ReloadStatus, TargetStatus
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from exporter.alertmanager import AlertReport
     from exporter.engines import EngineView
     from exporter.probe_points import PointTotal
     from probes.gpu_report import GpuReport
@@ -552,7 +555,8 @@ class Sources:
     """What is asked at each scrape, beside the SLIs; every call must be quick.
 
     `status` is what the attacher reported last, `reader` what the reader knows of itself, `kernel` what the probes have
-    counted for each service, `gpus` the last look at them, `engines` what the engines tell, `points` the probe points.
+    counted for each service, `gpus` the last look at them, `engines` what the engines tell, `points` the probe points,
+    `alerts` what the fast path tells.
     """
 
     status: Callable[[], AgentStatus | None] = _nothing
@@ -561,6 +565,7 @@ class Sources:
     gpus: Callable[[], GpuReport | None] = _nothing
     engines: Callable[[], EngineView | None] = _nothing
     points: Callable[[], Sequence[PointTotal]] = _no_points
+    alerts: Callable[[], AlertReport | None] = _nothing
 
 
 @functools.cache
@@ -580,11 +585,13 @@ class Metrics:
         slis: Slis,
         sources: Sources | None = None,
         services: Sequence[str] = (),
+        objectives: SloStatus | None = None,
         version: str | None = None,
         timer: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._slis = slis
         self._sources = sources or Sources()
+        self._objectives = objectives or SloStatus((), slis)
         self._services = services
         self._timer = timer
         self.version = installed_version() if version is None else version
@@ -593,16 +600,19 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
-    def rebuild(self) -> None:
-        """Make the families anew: the SLIs have other bounds."""
+    def rebuild(self, objectives: SloStatus | None = None) -> None:
+        """Make the families anew: the SLIs have other bounds, or there are other objectives."""
+        self._objectives = objectives or self._objectives
         self._families = [
             *_llm_families(self._slis),
+            *slo_families(self._objectives),
             *engine_families(),
             *probe_point_families(),
             *kernel_families(),
             *gpu_families(),
             *cuda_families(),
             *_coverage_families(self._slis),
+            *alert_families(),
             *_agent_families(self.version, self._timer),
         ]
 
@@ -626,6 +636,7 @@ class Metrics:
             self._sources.gpus(),
             self._sources.engines(),
             self._sources.points(),
+            self._sources.alerts(),
         )
 
     def describe(self) -> Iterator[Metric]:

@@ -23,9 +23,10 @@ import msgspec
 import uvicorn
 
 from exporter.config import Address, Config
+from exporter.fast_path import FastPath
 from exporter.fronts import gpu_object
 from exporter.history import History
-from exporter.live import Live, Parts
+from exporter.live import Live, Parts, objective_object
 from exporter.machine import engine_rows, gpu_rows
 from exporter.metrics import Metrics, Sources, installed_version
 from exporter.objectives import Objectives, bounds
@@ -37,6 +38,7 @@ from exporter.recordings import WINDOW_S, RecordingFolder
 from exporter.reloading import MAX_ENCODED_BYTES, Changed, is_gone
 from exporter.requests import Conversations
 from exporter.slis import Slis
+from exporter.slo.status import SloStatus
 from exporter.status import AgentStatus, Loss, ProbeLosses, ReaderStatus
 from exporter.trace_event import write
 from exporter.web import create_app, rehearse
@@ -115,6 +117,7 @@ class Reader:
                 self._skipped[probe_of[stream]] += count
         self._probes = {channel.probe for channel in given.channels}
         self._objectives = Objectives(given.config.slos, self.slis)
+        self._standing = SloStatus(given.config.slos, self.slis)
         self.recorder: Recorder | None = None
         self.paths: Paths | None = None
         if "intervals" in streams.dtypes:
@@ -139,6 +142,7 @@ class Reader:
             limits.connections,
             None if self.paths is None else self.paths.first_token,
         )
+        self._fast_path = FastPath(given.config, self.slis, self._conversations.under_way)
         outside = self._outside = Outside(given.config, self._services, points, resumes=given.resumes)
         self.metrics = Metrics(
             self.slis,
@@ -149,8 +153,10 @@ class Reader:
                 outside.gpus,
                 lambda: outside.engines,
                 outside.points,
+                self._fast_path.report,
             ),
             self._services,
+            self._standing,
         )
         self._history = History(self.slis)
         self.live = Live(
@@ -161,6 +167,9 @@ class Reader:
                 self._own_status,
                 self.metrics.version,
                 None if self.paths is None else self.paths.recent,
+                objectives=lambda: [
+                    objective_object(row) for row in self._standing.standings(time.monotonic_ns())
+                ],
                 gpus=lambda: [gpu_object(row) for row in self.gpus],
                 engines=lambda: [asdict(row) for row in self.engines],
             )
@@ -201,6 +210,7 @@ class Reader:
         async with asyncio.TaskGroup() as tasks:
             server = self._start_server(tasks)
             self._outside.start()
+            self._fast_path.start()
             self._front.started(self)
             self._drain()
             self._tick()
@@ -210,6 +220,7 @@ class Reader:
                 if server is not None:
                     server.should_exit = True
         self._outside.stop()
+        self._fast_path.stop()
         self._catch_up()
         self._front.stopped(self)
 
@@ -282,11 +293,7 @@ class Reader:
 
     def _watch_objectives(self, now_ns: int) -> None:
         for crossing in self._objectives.crossed(now_ns):
-            slo, labels = crossing.slo, " ".join(crossing.labels)
-            log.warning(
-                "%s does not hold for %s: %.2f%% within %g s, wanted %g%%",
-                *(slo.name, labels, 100 * crossing.good, slo.below_s, 100 * slo.target),
-            )
+            log.warning("%s", crossing)
             if self._folder is not None and self.recorder is not None and self._folder.may_record():
                 task = asyncio.get_running_loop().create_task(self._keep_recording(crossing))
                 self._recordings.add(task)
@@ -322,12 +329,16 @@ class Reader:
     def _tick(self) -> None:
         now_ns = time.monotonic_ns()
         with self._failing():
+            if self._fast_path.is_on:
+                self._drain_all()  # what nobody has looked at yet must not pass for late
             self._conversations.sweep(now_ns)
+            self._fast_path.tick(self.status, now_ns)
             if self.paths is not None:
                 self.paths.round(now_ns)
             self._outside.tick(self.config, self.status, self.slis, now_ns)
             self.slis.tick(now_ns)
             self._history.tick(now_ns)
+            self._standing.tick(now_ns)
             self._watch_objectives(now_ns)
             self._front.tick(self)
         self._call_later(TICK_S, self._tick)
@@ -368,12 +379,15 @@ class Reader:
 
     def _reconfigure(self, new: Changed) -> None:
         """Go on with another configuration. Requests under way are followed to their end."""
-        config = self.config = msgspec.structs.replace(self.config, services=new.services, slos=new.slos)
+        config = self.config = msgspec.structs.replace(
+            self.config, services=new.services, slos=new.slos, alertmanagers=new.alertmanagers
+        )
         self.slis.add_bounds(bounds(config.slos))
         self._objectives = Objectives(config.slos, self.slis)
         self._conversations.reconfigure(config.services)
+        self._fast_path.reconfigure(config)
         self._services[:] = _by_place(config, len(self._services))
-        self.metrics.rebuild()
+        self.metrics.rebuild(self._standing)
 
     async def _reload(self) -> str | None:
         """Have the configuration read again; returns why the old one stays, None where it does not."""

@@ -268,8 +268,8 @@ function drawGpus() {
     ["memory", known(gpu.memory_used_bytes) ? `${bytes(gpu.memory_used_bytes)} of ${bytes(gpu.memory_total_bytes)}` : null],
     ["power", known(gpu.power_watts) ? `${gpu.power_watts.toFixed(0)} W` : null],
     ["temperature", known(gpu.temperature_celsius) ? `${gpu.temperature_celsius} °C` : null],
-    ["throttled", gpu.throttled?.length ? gpu.throttled.join(", ") : null, "warn"],
-    ["XID errors", gpu.xid_errors ? String(gpu.xid_errors) : null, "bad"],
+    ["throttled", gpu.throttled.length ? gpu.throttled.join(", ") : null, "warn"],
+    ["XID errors", gpu.xids.length ? gpu.xids.map((xid) => `${xid.xid} (${xid.count}×)`).join(", ") : null, "bad"],
     ["problem", gpu.problem ?? null, "bad"]])));
 }
 
@@ -277,9 +277,9 @@ function drawEngines() {
   const rows = latest.engines;
   $("engines-section").hidden = !rows.length;
   $("engines").replaceChildren(
-    make("thead", {}, make("tr", {}, ...["model", "engine", "running", "waiting", "KV cache used", "preempted"].map((text) => make("th", { text, scope: "col" })))),
+    make("thead", {}, make("tr", {}, ...["model", "engine", "running", "waiting", "KV cache used"].map((text) => make("th", { text, scope: "col" })))),
     make("tbody", {}, ...rows.map((row) => make("tr", {}, make("td", { text: modelOf(row) }), make("td", { text: row.engine }), make("td", { text: number(row.running, 0) }),
-      make("td", { text: number(row.waiting, 0), class: grade(row.waiting, 0, Infinity) }), make("td", { text: percent(row.kv_usage_ratio) }), make("td", { text: number(row.preemptions, 0) })))));
+      make("td", { text: number(row.waiting, 0), class: grade(row.waiting, 0, Infinity) }), make("td", { text: percent(row.kv_cache_usage_ratio) })))));
 }
 
 function drawAgent() {

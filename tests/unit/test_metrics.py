@@ -96,6 +96,8 @@ gpu_nvlink_bytes_total gpu_sm_active_ratio gpu_sm_occupancy_ratio gpu_tensor_act
 gpu_service_memory_used_bytes gpu_service_sm_utilization_ratio gpu_cuda_launches_total gpu_cuda_synchronize_seconds
 gpu_cuda_copies_total gpu_cuda_copy_bytes_total gpu_cuda_allocations_total gpu_cuda_frees_total
 gpu_cuda_outstanding_bytes gpu_cuda_errors_total
+llm_slo_info llm_slo_objective_ratio llm_slo_events_total llm_slo_good_events_total llm_slo_violations_total
+llm_slo_burn_rate llm_slo_error_budget_remaining_ratio llm_slo_covered_seconds llm_slo_unfollowed
 """.split()
 STATS = {name: f"{name}_stats" for name in ("scheduler", "tcp", "block", "memory")}
 
