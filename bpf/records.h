@@ -179,8 +179,7 @@ struct thread_name {
 
 enum span_kind {
 	SPAN_RECLAIM = 1, /* the thread freed memory for itself: direct reclaim, of the host or of its memory cgroup */
-	SPAN_GPU_SYNC =
-		2, /* the thread waited for a GPU in a synchronising call of the CUDA driver, asleep or spinning */
+	SPAN_GPU_SYNC = 2, /* the thread was in a call of the CUDA driver that waits for the GPU, asleep or not */
 };
 
 /* Something that a thread did from begin_ns to end_ns, running or not. */

@@ -233,20 +233,22 @@ def test_counters_that_are_read_while_programs_add_only_grow(
 def test_all_probes_attach_beside_each_other_and_their_records_come(
     transport: Transport, serve: StartServer
 ) -> None:
-    wanted = Config(services=(Service("tested", Match(port=(1,))),), probes=Probes(syscalls=True))
+    wanted = Config(services=(Service("tested", Match(port=(1,))),), probes=Probes(syscalls=True, cuda=True))
     server = serve(["read", "recvfrom", 4], ["wait"], manner="threads")
     came: dict[str, npt.NDArray[Any]] = {}
 
     def take(name: str, records: npt.NDArray[Any]) -> None:
         came[name] = np.concatenate([came[name], records]) if name in came else records.copy()
 
-    with attacher._Probes(wanted, transport) as probes:
+    with attacher._Probes(wanted, transport, 3) as probes:
         assert probes.missing == {}
         names = [each.name for each in probes.up]
-        assert names == ["requests", "scheduler", "tcp", "block", "memory", "syscalls"]
+        assert names == ["requests", "scheduler", "tcp", "block", "memory", "syscalls", "cuda"]
         channels = [channel for probe in probes.others for channel in probe.channels]
         with Streams(channels) as streams:
-            assert set(streams.dtypes) == {*("intervals", "messages", "names", "spans", "tcp_events", "block_ios")}
+            assert set(streams.dtypes) == {
+                *("intervals", "messages", "names", "spans", "tcp_events", "block_ios", "gpu_spans"),
+            }
             probes.requests.follow({server.pid: 0}, {(netns(), server.port): 0})
             client = server.connect()
             client.sendall(b"ping")

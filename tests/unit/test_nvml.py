@@ -143,6 +143,11 @@ def test_a_clock_that_is_set_back_hides_no_samples(driver: Driver, opened: Open,
     assert source.look().processes[0].sm_utilization == 0.13
 
 
+def test_samples_of_no_process_or_no_time_are_none(driver: Driver, opened: Open) -> None:
+    driver.say(0, "nvmlDeviceGetProcessUtilization", "0:0:0", "4001:0:50", f"0:{NOW:.0f}100000:7")
+    assert [process.sm_utilization for process in opened(driver).look().processes] == [None, None]
+
+
 def test_a_process_in_two_lists_is_one(driver: Driver, opened: Open) -> None:
     driver.say(0, "nvmlDeviceGetMPSComputeRunningProcesses_v3", "4001:61203283968", "4005:17")
     memory = {process.tgid: process.memory_bytes for process in opened(driver).look().processes}

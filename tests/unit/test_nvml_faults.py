@@ -175,6 +175,40 @@ def test_a_lost_gpu_is_said_to_be_lost_and_the_other_one_is_read_on(
     assert [told(gpu) for gpu in report.gpus] == [ALL_TOLD, ALL_TOLD]
 
 
+def test_a_gpu_that_has_no_name_any_more_is_lost(driver: Driver, opened: Open, clock: Clock) -> None:
+    source = opened(driver)
+    looks(source, clock, 2)
+    driver.fail(0, "nvmlDeviceGetUUID", UNKNOWN)
+    clock.step()
+    lost, other = source.look().gpus
+    assert (told(lost), lost.problem) == (set(), "Unknown Error")
+    assert (told(other), other.problem) == (ALL_TOLD, None)
+
+
+@pytest.mark.parametrize("code", [2, NO_PERMISSION, 10, UNKNOWN])
+def test_a_gpu_that_tells_nothing_but_its_name_is_lost(driver: Driver, opened: Open, clock: Clock, code: int) -> None:
+    driver.record()
+    source = opened(driver)
+    looks(source, clock, 2)
+    asked = {line.split()[1].split(":")[0] for line in driver.recorded()} | {"field"}
+    for function in asked - {"nvmlDeviceGetUUID", "nvmlDeviceGetFieldValues"}:
+        driver.fail(0, function, code)
+    clock.step()
+    lost, other = source.look().gpus
+    assert told(lost) == set()
+    assert lost.problem is not None and lost.next_step
+    assert (told(other), other.problem) == (ALL_TOLD, None)
+
+
+def test_a_name_that_is_no_text_is_none(driver: Driver, opened: Open) -> None:
+    driver.say(0, "nvmlDeviceGetName", "\udcff\udcfe")
+    driver.say(1, "nvmlDeviceGetUUID", "\udcff")
+    report = opened(driver).look()
+    assert (report.gpus[0].name, told(report.gpus[0])) == ("", ALL_TOLD - {"activity"})
+    assert (report.gpus[1].uuid, told(report.gpus[1])) == ("", set())
+    assert dict(report.failures) == {"bad_answer": 2}
+
+
 def test_a_gpu_that_was_lost_before_the_agent_began_has_no_name_but_a_place(driver: Driver, opened: Open) -> None:
     driver.fail(0, "*", IS_LOST)
     lost, other = opened(driver).look().gpus

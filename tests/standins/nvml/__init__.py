@@ -100,7 +100,8 @@ class Driver:
         """Make it so, at one instant."""
         lines = [" ".join(part for part in (*where, value) if part) for where, value in self._lines.items()]
         new = Path(f"{self.path}.new")
-        new.write_text("\n".join([*lines, *self._faults, *self._events, ""]), encoding="utf-8")
+        text = "\n".join([*lines, *self._faults, *self._events, ""])
+        new.write_text(text, encoding="utf-8", errors="surrogateescape")
         os.replace(new, f"{self.path}.script")
 
     def record(self) -> None:

@@ -629,7 +629,7 @@ int nvmlDeviceGetMPSComputeRunningProcesses_v3(struct device *device, unsigned i
 	return processes(device, "nvmlDeviceGetMPSComputeRunningProcesses_v3", count, infos);
 }
 
-/* The script has `PID:MICROSECONDS:SM` for each sample; only those after `since` count. */
+/* The script has `PID:MICROSECONDS:SM` for each sample; those after `since` count, and those of no time, as in drivers. */
 int nvmlDeviceGetProcessUtilization(struct device *device, struct process_sample *samples, unsigned int *count,
 				    u64 since)
 {
@@ -644,7 +644,7 @@ int nvmlDeviceGetProcessUtilization(struct device *device, struct process_sample
 
 		if (sscanf(word, "%u:%llu:%u", &sample.pid, &sample.timestamp_us, &sample.sm) != 3)
 			return INVALID_ARGUMENT;
-		if (sample.timestamp_us <= since)
+		if (sample.timestamp_us && sample.timestamp_us <= since)
 			continue;
 		if (samples && found < room)
 			samples[found] = sample;
