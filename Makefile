@@ -84,8 +84,9 @@ bench: need-bench $(VENV)/.footlight-dev bpf native ## every benchmark: reader, 
 	done
 
 .PHONY: docs
-docs: need-build $(VENV)/.footlight-dev ## write the generated pages (docs/metrics.md)
+docs: need-build $(VENV)/.footlight-dev bpf ## write what is generated: docs/metrics.md, exporter/slo/metrics.json
 	@$(PY) -m exporter.metrics_doc
+	@$(PY) -m exporter.slo.catalogue
 
 .PHONY: bpf
 bpf: $(BPF_OBJECTS) probes/objects/syscalls.txt ## compile bpf/*.bpf.c into probes/objects/
