@@ -49,7 +49,7 @@ class Outside:
         self._gpus: Final[Poller[GpuReport] | None] = (
             None if self._nvml is None else Poller("gpus", self._nvml.look, config.gpu.period_s)
         )
-        self._endpoints: Mapping[str, Sequence[Endpoint]] = {}
+        self._endpoints: Mapping[str, Sequence[Endpoint]] = endpoints(config.services, None, ())
         self._engines: Final[Poller[EngineReport]] = Poller(
             "engines", EngineSource(lambda: self._endpoints).look, PERIOD_S
         )
@@ -90,11 +90,16 @@ class Outside:
         """What the probe points have counted."""
         return () if self._points is None else self._points.totals()
 
+    def has_news(self) -> bool:
+        """Whether the next `tick` compares with what the agent has seen: it is good to have looked just before."""
+        latest = self._engines.latest()
+        return latest is not None and latest[0] is not self.engines.report
+
     def tick(self, config: Config, status: AgentStatus | None, slis: Slis, now_ns: int) -> None:
         """Take what is new, and say whom to ask: several times a second, from the loop of the SLIs."""
         self._endpoints = endpoints(config.services, status, {series.labels[0] for series in slis.all_series()})
         latest = self._engines.latest()
-        if latest is not None and latest[0] is not self.engines.report:
+        if latest is not None and self.has_news():
             slis.flush(now_ns)
             # While nobody looks at requests ours are none, which is no disagreement.
             looking = status is not None and any(each.name == "requests" and each.up for each in status.probes)

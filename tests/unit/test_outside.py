@@ -209,6 +209,17 @@ def test_only_services_that_were_seen_to_speak_are_asked() -> None:
     assert endpoint.url == "http://127.0.0.1:8000/metrics"
 
 
+def test_one_that_is_named_is_asked_from_the_start() -> None:
+    url = "http://10.0.0.7:1/metrics"
+    it = Told(Config(services=(Service("stage", SERVICE.match, engine_metrics=url),)))
+    assert [each.url for each in it.outside._endpoints["stage"]] == [url]
+    assert not it.outside.has_news()
+    it.engines.answer = engine_report(it.now_ns, 0.0, 0.0), it.now_ns
+    assert it.outside.has_news()
+    it.tick()
+    assert not it.outside.has_news()
+
+
 def test_starting_and_stopping_reach_both() -> None:
     it = told()
     it.outside.start()
