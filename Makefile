@@ -27,7 +27,7 @@ BUILD_NEEDS := clang:clang llvm:llvm-strip libbpf-dev:/usr/include/bpf/bpf_helpe
 	python3-venv:/var/lib/dpkg/info/python3-venv.list libc6-dev:/usr/include/stdio.h systemtap-sdt-dev:/usr/include/$(ARCH)-linux-gnu/sys/sdt.h
 CHECK_NEEDS := $(BUILD_NEEDS) clang-format:clang-format
 TEST_NEEDS := $(BUILD_NEEDS) prometheus:promtool nodejs:node npm:npm bpftrace:bpftrace libbpf-tools:/usr/sbin/runqlat \
-	chromium:chromium openssl:openssl systemd:/usr/bin/systemd-analyze
+	chromium:chromium prometheus-alertmanager:amtool openssl:openssl systemd:/usr/bin/systemd-analyze
 BENCH_NEEDS := $(BUILD_NEEDS) gcc:gcc bpftool:/usr/sbin/bpftool \
 	python3-bpfcc:/usr/lib/python3/dist-packages/bcc/__init__.py linux-headers-$(DEB_ARCH):/var/lib/dpkg/info/linux-headers-$(DEB_ARCH).list \
 	iproute2:/usr/sbin/tc e2fsprogs:/usr/sbin/mkfs.ext4 mount:/usr/sbin/losetup util-linux:taskset
@@ -70,10 +70,11 @@ test: need-test $(VENV)/.footlight-dev bpf native ## all tests: unit, kernel, e2
 .PHONY: check
 check: need-check $(VENV)/.footlight-dev bpf ## ruff, mypy --strict, clang-format, C warnings as errors, generated pages fresh
 	@$(VENV)/bin/ruff check .
-	@$(VENV)/bin/mypy --strict probes exporter
+	@$(VENV)/bin/mypy --strict probes exporter dashboards
 	@clang-format --dry-run -Werror $(C_FILES)
 	@for source in $(OTHER_BPF); do $(CLANG) $(BPF_CFLAGS) -I$$(dirname $$source) -fsyntax-only $$source; done
 	@$(PY) -m exporter.metrics_doc --check
+	@$(PY) -m dashboards.build --check
 	@echo "all checks passed"
 
 .PHONY: bench
@@ -84,9 +85,10 @@ bench: need-bench $(VENV)/.footlight-dev bpf native ## every benchmark: reader, 
 	done
 
 .PHONY: docs
-docs: need-build $(VENV)/.footlight-dev bpf ## write what is generated: docs/metrics.md, exporter/slo/metrics.json
+docs: need-build $(VENV)/.footlight-dev bpf ## write what is generated: docs/metrics.md, exporter/slo/metrics.json, dashboards/*.json
 	@$(PY) -m exporter.metrics_doc
 	@$(PY) -m exporter.slo.catalogue
+	@$(PY) -m dashboards.build
 
 .PHONY: bpf
 bpf: $(BPF_OBJECTS) probes/objects/syscalls.txt ## compile bpf/*.bpf.c into probes/objects/

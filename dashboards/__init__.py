@@ -1,0 +1,1 @@
+"""Grafana dashboards as code, and rules for Prometheus: `python -m dashboards.build` writes dashboards/*.json."""
