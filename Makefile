@@ -30,7 +30,8 @@ TEST_NEEDS := $(BUILD_NEEDS) prometheus:promtool nodejs:node npm:npm bpftrace:bp
 	chromium:chromium prometheus-alertmanager:amtool openssl:openssl systemd:/usr/bin/systemd-analyze
 BENCH_NEEDS := $(BUILD_NEEDS) gcc:gcc bpftool:/usr/sbin/bpftool \
 	python3-bpfcc:/usr/lib/python3/dist-packages/bcc/__init__.py linux-headers-$(DEB_ARCH):/var/lib/dpkg/info/linux-headers-$(DEB_ARCH).list \
-	iproute2:/usr/sbin/tc e2fsprogs:/usr/sbin/mkfs.ext4 mount:/usr/sbin/losetup util-linux:taskset
+	iproute2:/usr/sbin/tc e2fsprogs:/usr/sbin/mkfs.ext4 mount:/usr/sbin/losetup util-linux:taskset \
+	prometheus:promtool prometheus-alertmanager:amtool
 
 # Installs what of $(1) is missing, without starting any service that comes with it.
 define install
@@ -78,8 +79,8 @@ check: need-check $(VENV)/.footlight-dev bpf ## ruff, mypy --strict, clang-forma
 	@echo "all checks passed"
 
 .PHONY: bench
-bench: need-bench $(VENV)/.footlight-dev bpf native ## every benchmark: reader, truth, overhead, paths, scale, faults, quota, cuda (root; minutes)
-	@for name in reader truth overhead paths scale faults quota cuda; do \
+bench: need-bench $(VENV)/.footlight-dev bpf native ## every benchmark: reader, truth, overhead, paths, scale, faults, quota, cuda, alerts, health (root; an hour)
+	@for name in reader truth overhead paths scale faults quota cuda alerts health; do \
 		[ -e benchmarks/$$name.py -o -e benchmarks/$$name/__main__.py ] || continue; \
 		echo; echo "== $$name: $(PY) -m benchmarks.$$name"; $(PY) -m benchmarks.$$name; \
 	done

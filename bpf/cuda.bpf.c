@@ -200,12 +200,28 @@ int launched(struct pt_regs *ctx)
 	return 0;
 }
 
+/* A process that another service has now takes along what it has allocated. */
+static __always_inline void move_owner(struct owner *owner, u32 service)
+{
+	struct cuda_stats *old = stats_of(&stats, owner->service), *mine = stats_of(&stats, service);
+
+	if (owner->service == service)
+		return;
+	owner->service = service;
+	if (old)
+		__sync_fetch_and_add(&old->freed_bytes, owner->bytes);
+	if (mine)
+		__sync_fetch_and_add(&mine->allocated_bytes, owner->bytes);
+}
+
 static __always_inline struct owner *owner_of(u32 tgid, u32 service)
 {
 	struct owner *owner = bpf_map_lookup_elem(&owners, &tgid), fresh = {};
 
-	if (owner)
+	if (owner) {
+		move_owner(owner, service);
 		return owner;
+	}
 	fresh.since_ns = bpf_ktime_get_ns();
 	fresh.service = service;
 	bpf_map_update_elem(&owners, &tgid, &fresh, BPF_NOEXIST); /* another thread may be faster */
@@ -324,6 +340,7 @@ static __always_inline void freed(struct cuda_stats *mine, const struct cuda_fun
 	}
 	__sync_fetch_and_add(&mine->frees, 1);
 	if (function->pointer && owner) {
+		move_owner(owner, function->service);
 		__sync_fetch_and_sub(&owner->bytes, function->pointer);
 		__sync_fetch_and_add(&mine->freed_bytes, function->pointer);
 	} else if (function->argument) {

@@ -25,12 +25,15 @@ import msgspec
 import psutil
 
 from exporter.config import OFF
+from exporter.labels import safe
 from exporter.parting import CONFIG_PACKET, CRASHED, STATUS_PACKET, Inheritance, fork_reader
 from exporter.recordings import open_folder
 from exporter.reloading import MAX_ENCODED_BYTES, Changed, Watch, changed, is_gone, merged, places
 from exporter.run_stats import RunStats
 from exporter.status import (
     AgentStatus,
+    DescriptorLeak,
+    LeakTarget,
     Loss,
     ProbeStatus,
     ProcessUsage,
@@ -39,6 +42,7 @@ from exporter.status import (
     SyscallLatency,
     TargetStatus,
 )
+from exporter.status import Vitals as VitalsStatus
 from probes import host
 from probes.block import BlockProbe
 from probes.cuda import CudaProbe
@@ -54,6 +58,7 @@ from probes.requests import RequestsProbe
 from probes.scheduler import SchedulerProbe
 from probes.syscalls import SyscallsProbe, syscall_name
 from probes.tcp import TcpProbe
+from probes.vitals import Vitals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -79,6 +84,11 @@ _SO_SNDBUFFORCE: Final = 32
 _USAGE_EVERY: Final = 5
 _TGIDS: Final = 4096
 """Processes that a report names, of all services: a packet on a socket has an end."""
+_WARNINGS: Final = 256
+"""Warnings that are given once: some name what processes of services chose."""
+_LEAKS: Final = 4
+"""Leaks of descriptors that a report tells of, for `_LEAK_TOLD_NS`."""
+_LEAK_TOLD_NS: Final = 60_000_000_000
 _OWN_PORTS: Final = 16
 """Ports of a service that a report names."""
 
@@ -115,6 +125,10 @@ def run(
         if folder is not None:
             recordings = open_folder(Path(folder))
             stack.callback(os.close, recordings)
+        health = None
+        if config.health.folder is not None:
+            health = open_folder(Path(config.health.folder))
+            stack.callback(os.close, health)
         if host.find_tracefs() is None:
             host.mount_tracefs()
         room = len(config.services) if source is None else places(config)
@@ -122,7 +136,7 @@ def run(
         # Attached one by one, they would see halves of what a target does meanwhile: first all, then targets.
         probes.requests.follow(targets.processes, targets.ports)
         reloads = None if source is None else stack.enter_context(_Reloads(source))
-        return _Attacher(config, front, probes, discovery, targets, listener, recordings, reloads).run()
+        return _Attacher(config, front, probes, discovery, targets, listener, recordings, reloads, health).run()
 
 
 class _Reloads:
@@ -235,6 +249,7 @@ class _Attacher:
         listener: socket.socket | None,
         recordings: int | None,
         reloads: _Reloads | None,
+        health: int | None,
     ) -> None:
         self._config = config
         self._reloads = reloads
@@ -247,6 +262,7 @@ class _Attacher:
         self._targets = targets
         self._listener = listener
         self._recordings = recordings
+        self._health = health
         self._restarts = 0
         self._crashes: deque[float] = deque(maxlen=CRASHES)
         self._reader = 0
@@ -254,6 +270,8 @@ class _Attacher:
         self._usage: tuple[ProcessUsage, ...] = ()
         self._processes = Processes() if config.probes.process else None
         self._held: tuple[ServiceProcesses, ...] = ()
+        self._vitals = Vitals() if config.probes.process else None
+        self._leaks: deque[DescriptorLeak] = deque(maxlen=_LEAKS)
         self._gpu_devices: int | None = None
         self._rounds = 0
         self._warnings: set[str] = set()
@@ -303,8 +321,6 @@ class _Attacher:
         self._run_stats.turn()
         if self._socket is None:
             return
-        if self._socket is None:
-            return
         status = self._status()
         try:
             self._send(STATUS_PACKET, status)  # where it is not sent the reader is busy, and the next one says more
@@ -348,7 +364,8 @@ class _Attacher:
             log.info("the configuration was read again: nothing is new")
             return
         self._config = self._unsent = config
-        log.info("the configuration was read again: %d services", sum(not is_gone(each) for each in config.services))
+        names = ", ".join(each.name for each in config.services if not is_gone(each))
+        log.info("the configuration was read again and is in effect: %s", names)
 
     def _send_config(self) -> None:
         """Give the reader a new configuration, and only then follow what it names."""
@@ -367,6 +384,7 @@ class _Attacher:
             self._watch_memory()
             self._look_at_services(targets)
         self._rounds += 1
+        vitals = self._look_at_vitals(targets)
         followed: list[list[int]] = [[] for _ in self._config.services]
         for tgid, index in targets.items():
             followed[index].append(tgid)
@@ -399,6 +417,8 @@ class _Attacher:
             reader_restarts=self._restarts,
             processes=self._usage,
             services=self._held,
+            vitals=vitals,
+            leaks=tuple(self._leaks),
             syscalls=tuple(self._syscalls()),
         )
 
@@ -412,7 +432,7 @@ class _Attacher:
                 probe.follow_gpu_devices({device.number for device in devices})
                 self._gpu_devices = len(devices)
             for note in probe.notes() if self._rounds else ():
-                self._warn_once(f"{probe.name}: {note}".replace("%", "%%"))
+                self._warn_once(f"{probe.name}: {note}")
         if self._processes is not None:
             self._held = tuple(
                 ServiceProcesses(
@@ -425,6 +445,36 @@ class _Attacher:
                 )
                 for index, held in self._processes.look(targets).items()
             )
+
+    def _look_at_vitals(self, targets: Mapping[int, int]) -> tuple[VitalsStatus, ...]:
+        """What the services' processes use now; and a snapshot of the descriptors of one that leaks them."""
+        if self._vitals is None:
+            return ()
+        now_ns = time.monotonic_ns()
+        while self._leaks and now_ns - self._leaks[0].at_ns > _LEAK_TOLD_NS:
+            self._leaks.popleft()
+        seen = self._vitals.look(targets)
+        for leak in self._vitals.leaks():
+            found = leak.found
+            self._leaks.append(
+                DescriptorLeak(
+                    self._config.services[leak.service].name,
+                    leak.tgid,
+                    now_ns,
+                    leak.per_second,
+                    found.open_files,
+                    found.examined,
+                    # names are anything that a process chose, and JSON takes text alone
+                    tuple((safe(kind), count) for kind, count in found.kinds),
+                    tuple(LeakTarget(safe(each.kind), safe(each.name), each.count) for each in found.targets),
+                )
+            )
+        return tuple(
+            VitalsStatus(
+                self._config.services[index].name, each.cpu_seconds, each.resident_bytes, each.open_files, each.eldest
+            )
+            for index, each in seen.items()
+        )
 
     def _syscalls(self) -> Iterator[SyscallLatency]:
         for probe in self._probes.others:
@@ -455,7 +505,7 @@ class _Attacher:
             self._warn_once("the agent uses %d MiB, more than limits.memory (%d MiB)", used >> 20, limit >> 20)
 
     def _warn_once(self, text: str, *values: int) -> None:
-        if text not in self._warnings:
+        if text not in self._warnings and len(self._warnings) < _WARNINGS:
             self._warnings.add(text)
             log.warning(text, *values)
 
@@ -481,6 +531,7 @@ class _Attacher:
                 self._probes.room,
                 None if self._reloads is None else self._reloads.asking_fd,
                 next((each.points_map for each in self._probes.others if isinstance(each, ProbePointsProbe)), None),
+                self._health,
             )
             self._reader = fork_reader(given)
         self._socket = ours
@@ -537,7 +588,8 @@ def _listen(address: Address) -> socket.socket:
     try:
         return socket.create_server((address.host, address.port), family=family, backlog=128)
     except OSError as error:
-        what = f"cannot listen on {address}: {error.strerror}"
+        # the words of create_server name the address once more
+        what = f"cannot listen on {address}: {os.strerror(error.errno) if error.errno else error}"
         if error.errno == errno.EADDRINUSE:
             raise FootlightError(
                 what, f"choose another address with --listen, or find who has it: ss -ltnp 'sport = :{address.port}'"

@@ -66,9 +66,7 @@ _SIZE_UNITS: Final = {
 _DURATION: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([a-z]+)")
 _TIME_UNITS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SLO_NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,62}")
-_SLO_KEYS: Final = (
-    *("name", "sli", "below", "at_least", "target", "window", "service", "model_name", "reasons"),
-)
+_SLO_KEYS: Final = ("name", "sli", "below", "at_least", "target", "window", "service", "model_name", "reasons")
 SLO_SLIS: Final = ("ttft", "itl", "tpot", "longest_gap", "duration")
 """Latencies that an objective may be about, by the value of their `Sli`."""
 SLO_ERRORS: Final = "errors"
@@ -93,7 +91,7 @@ _ON: Final = frozenset({"on", "true", "yes"})
 _OFF: Final = frozenset({"off", "false", "no"})
 
 ALERT_LABELS: Final = frozenset(
-    "alertname severity service_name model_name host sloth_id sloth_service sloth_slo sloth_severity".split()
+    "alertname severity kind service_name model_name probe sloth_id sloth_service sloth_slo sloth_severity".split()
 )
 """Labels that the agent's alerts have of themselves."""
 
@@ -255,11 +253,19 @@ class Alertmanager(msgspec.Struct, frozen=True):
     """An Alertmanager that the agent posts to itself: its URL, with the path before /api/v2/alerts where it has one.
 
     `labels` come on every alert: what Prometheus has as external_labels, so that both say the same of one thing.
+    `agent_labels` come on those about what this agent alone sees: the job and instance that Prometheus knows it by.
     """
 
     url: str
     labels: dict[str, str] = {}
+    agent_labels: dict[str, str] = {}
     timeout_s: float = 2.0
+
+
+class HealthConfig(msgspec.Struct, frozen=True):
+    """Where what was learnt of the services' health is kept over restarts; None: nowhere."""
+
+    folder: str | None = None
 
 
 class Config(msgspec.Struct, frozen=True):
@@ -271,6 +277,7 @@ class Config(msgspec.Struct, frozen=True):
     limits: Limits = Limits()
     slos: tuple[Slo, ...] = ()
     recorder: RecorderConfig = RecorderConfig()
+    health: HealthConfig = HealthConfig()
     gpu: GpuConfig = GpuConfig()
     probe_points: tuple[ProbePoint, ...] = ()
     alertmanagers: tuple[Alertmanager, ...] = ()
@@ -683,6 +690,7 @@ def _config(root: Value) -> Config:
         limits=_limits(keys["limits"]) if "limits" in keys else Limits(),
         slos=_slos(keys["slos"], names) if "slos" in keys else (),
         recorder=_recorder(keys["recorder"]) if "recorder" in keys else RecorderConfig(),
+        health=_health(keys["health"]) if "health" in keys else HealthConfig(),
         gpu=_gpu(keys["gpu"]) if "gpu" in keys else GpuConfig(),
         probe_points=_probe_points(keys["probe_points"], names) if "probe_points" in keys else (),
         alertmanagers=_alertmanagers(keys["alertmanagers"]) if "alertmanagers" in keys else (),
@@ -909,9 +917,7 @@ def _metric_wants(value: Value, sli: str, keys: Mapping[str, Value]) -> tuple[fl
     known = known_metrics()
     metric = known.get(sli)
     if metric is None:
-        keys["sli"].fail(
-            f"there is no metric {shown(sli)}", f"{did_you_mean(sli, sorted(known))}see docs/metrics.md"
-        )
+        keys["sli"].fail(f"there is no metric {shown(sli)}", f"{did_you_mean(sli, sorted(known))}see docs/metrics.md")
     if metric.kind not in {"gauge", "histogram"}:
         keys["sli"].fail(f"{sli} is a {metric.kind}", "an objective is about a histogram or a gauge")
     given = [key for key in ("below", "at_least") if key in keys]
@@ -1085,25 +1091,30 @@ def _alertmanagers(value: Value) -> tuple[Alertmanager, ...]:
 
 
 def _alertmanager(value: Value) -> Alertmanager:
-    keys = value.fields("url", "labels", "timeout", required=("url",))
+    keys = value.fields("url", "labels", "agent_labels", "timeout", required=("url",))
     url = keys["url"].text()
     if not _is_base_url(url):
         keys["url"].fail(
             f"{shown(url)} is not the URL of an Alertmanager", "write one such as http://127.0.0.1:9093"
         )
-    labels = keys["labels"].keys() if "labels" in keys else {}
+    return Alertmanager(
+        url.rstrip("/"),
+        _alert_labels(keys["labels"]) if "labels" in keys else {},
+        _alert_labels(keys["agent_labels"]) if "agent_labels" in keys else {},
+        keys["timeout"].duration(0.1, 60) if "timeout" in keys else Alertmanager(url).timeout_s,
+    )
+
+
+def _alert_labels(value: Value) -> dict[str, str]:
+    labels = value.keys()
     if len(labels) > MAX_ALERT_LABELS:
-        keys["labels"].fail(f"there are {len(labels)} labels", f"keep at most {MAX_ALERT_LABELS}")
+        value.fail(f"there are {len(labels)} labels", f"keep at most {MAX_ALERT_LABELS}")
     for name, item in labels.items():
         if not _LABEL_NAME.fullmatch(name):
             item.fail(f"{shown(name)} is not a label name", "use letters, digits and _, and begin with a letter")
         if name in ALERT_LABELS:
             item.fail(f"the label name '{name}' is taken", "remove it: the agent sets it")
-    return Alertmanager(
-        url.rstrip("/"),
-        {name: _label_value(item) for name, item in labels.items()},
-        keys["timeout"].duration(0.1, 60) if "timeout" in keys else Alertmanager(url).timeout_s,
-    )
+    return {name: _label_value(item) for name, item in labels.items()}
 
 
 def _is_base_url(text: str) -> bool:
@@ -1114,6 +1125,11 @@ def _is_base_url(text: str) -> bool:
         return False
     plain = text.isascii() and text.isprintable() and " " not in text
     return known and plain and not (parts.query or parts.fragment or parts.username or parts.password)
+
+
+def _health(value: Value) -> HealthConfig:
+    keys = value.fields(*HealthConfig.__struct_fields__)
+    return HealthConfig(keys["folder"].absolute("/var/lib/footlight") if "folder" in keys else None)
 
 
 def _recorder(value: Value) -> RecorderConfig:

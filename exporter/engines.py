@@ -24,6 +24,7 @@ FORGET_NS: Final = 600_000_000_000
 """A model that no engine has told of for this long is forgotten."""
 MODELS_LIMIT: Final = 256
 """Models that are kept in all."""
+_ACCOUNTS_LIMIT: Final = 4 * MODELS_LIMIT
 
 _SNAPSHOTS_LIMIT: Final = 128
 _COUNTERS: Final = (
@@ -154,6 +155,8 @@ class EngineView:
         self.overflows: Counter[str] = Counter()
         """Models for which there was no room, or whose name as a label another one has. Counted at each look."""
         self._told: dict[_Key, _Told] = {}
+        # Requests whose look-ups were taken. Also of models that are forgotten: an engine may come back with its past.
+        self._accounted: dict[Labels, float] = {}
 
     def take(self, report: EngineReport, ours: Mapping[tuple[str, str], Ours] | None) -> None:
         """Take a report, once: the one that was taken last is not taken again.
@@ -206,6 +209,8 @@ class EngineView:
         if labels not in self.models and unnamed in self.models:
             self.models[labels] = self.models.pop(unnamed)
             known.add(labels)
+            if unnamed in self._accounted:
+                self._accounted[labels] = self._accounted.pop(unnamed)
 
     def _admit(self, labels: Labels) -> bool:
         if labels in self.models:
@@ -234,17 +239,29 @@ class EngineView:
             model.snapshots.clear()  # what it counted before would pass for the window's
             # To an old sum, a second endpoint's past would be a jump that never happened.
             _add(model.totals, counters if new else dict.fromkeys(counters, 0.0))
-            if ours is not None and _all_of_it_was_seen(counters, ours.get(labels[:2], Ours())):
-                _add_cache(model, counters)
+            if ours is not None and self._was_seen_and_is_new(labels, counters, ours.get(labels[:2], Ours())):
+                self._take_cache(labels, counters)
             return
         grown = _grown(before.counters, counters)
         if grown is None:
             grown = counters
             model.snapshots.clear()  # what it had not told before it restarted is missing
+            before.counters = {}  # a counter that is not there yet begins at nothing, too
         before.counters |= counters
         before.at_ns = endpoint.at_ns
         _add(model.totals, grown)
-        _add_cache(model, grown)
+        self._take_cache(labels, grown)
+
+    def _was_seen_and_is_new(self, labels: Labels, counters: Mapping[str, float], ours: Ours) -> bool:
+        """Whether all that an endpoint counted before it was first asked is what the agent saw and nobody told yet."""
+        if "requests" not in counters or (labels not in self._accounted and len(self._accounted) >= _ACCOUNTS_LIMIT):
+            return False
+        return counters["requests"] + self._accounted.get(labels, 0.0) <= ours.requests
+
+    def _take_cache(self, labels: Labels, more: Mapping[str, float]) -> None:
+        if labels in self._accounted or len(self._accounted) < _ACCOUNTS_LIMIT:
+            self._accounted[labels] = self._accounted.get(labels, 0.0) + more.get("requests", 0.0)
+        _add_cache(self.models[labels], more)
 
     def _forget(self, now_ns: int) -> None:
         for labels in [labels for labels, model in self.models.items() if now_ns - model.told_ns > FORGET_NS]:
@@ -264,11 +281,6 @@ def _labels(service: str, theirs: EngineModel, ours: Mapping[tuple[str, str], Ou
 
 def _key(endpoint: EndpointReport, theirs: EngineModel) -> _Key:
     return endpoint.service, endpoint.url, theirs.engine, None if theirs.model is None else safe(theirs.model)
-
-
-def _all_of_it_was_seen(counters: Mapping[str, float], ours: Ours) -> bool:
-    """Whether an engine that is met for the first time has counted nothing but what the agent saw, too."""
-    return "requests" in counters and counters["requests"] <= ours.requests
 
 
 def _grown(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float] | None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from exporter.alertmanager import AlertReport
     from exporter.engines import EngineView
     from exporter.probe_points import PointTotal
     from exporter.slis import Series
@@ -80,6 +81,8 @@ class Scrape:
     """None where nobody looks, or the driver has not answered for long."""
     engines: EngineView | None = None
     points: Sequence[PointTotal] = ()
+    alerts: AlertReport | None = None
+    """None where the agent posts to no Alertmanager."""
 
 
 # Values of the labels, and the sample. A histogram is read while the scrape lasts; nothing else runs then.

@@ -163,7 +163,7 @@ class ServeFront:
         why = why_not_ready(status, self._clock.monotonic_ns())
         if why != self._said:
             self._said = why
-            names = ", ".join(probe.name for probe in status.probes)
+            names = ", ".join(probe.name for probe in status.probes if probe.up)
             if why is None:
                 log.info("attached: %s; transport %s", names, status.transport)
             else:
@@ -172,7 +172,12 @@ class ServeFront:
             if self._targets.get(target.service, -1) != target.processes:
                 self._targets[target.service] = target.processes
                 level = logging.INFO if target.processes else logging.WARNING
-                log.log(level, "%s: following %d processes, %d ports", target.service, target.processes, target.ports)
+                log.log(
+                    level,
+                    "%s: following %d process%s, %d port%s",
+                    *(target.service, target.processes, "" if target.processes == 1 else "es"),
+                    *(target.ports, "" if target.ports == 1 else "s"),
+                )
         for probe in status.probes:
             for loss in probe.losses:
                 more = loss.count - self._lost.get((probe.name, loss.reason), 0)

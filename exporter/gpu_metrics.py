@@ -107,9 +107,14 @@ def _xid(code: int) -> str:
 
 
 def _services(scrape: Scrape) -> dict[int, str]:
-    """Which service each followed process is of."""
+    """Which service each followed process is of: of those services all of whose processes the report names."""
     targets = scrape.status.targets if scrape.status is not None else ()
-    return {tgid: safe(target.service) for target in targets for tgid in target.tgids}
+    return {
+        tgid: safe(target.service)
+        for target in targets
+        if len(target.tgids) == target.processes  # a sum without one of its parts would be wrong
+        for tgid in target.tgids
+    }
 
 
 def _service_memory(scrape: Scrape) -> Iterator[Point]:

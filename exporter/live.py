@@ -31,6 +31,10 @@ def _nothing() -> Sequence[JsonObject]:
     return ()
 
 
+def _unknown() -> JsonObject | None:
+    return None
+
+
 def _nobody() -> Iterable[Explained]:
     return ()
 
@@ -40,7 +44,8 @@ class Parts:
     """Where the page's data come from. Every call must be quick.
 
     `recent` are the requests that have a path; None where nobody walks any. `objectives`, `gpus` and `engines` are JSON
-    objects of one row each. `clock` is CLOCK_MONOTONIC and `wall_clock` the time since the epoch, in nanoseconds.
+    objects of one row each, `health` one of all services. `clock` is CLOCK_MONOTONIC and `wall_clock` the time since
+    the epoch, in nanoseconds.
     """
 
     slis: Slis
@@ -52,6 +57,7 @@ class Parts:
     objectives: Callable[[], Sequence[JsonObject]] = _nothing
     gpus: Callable[[], Sequence[JsonObject]] = _nothing
     engines: Callable[[], Sequence[JsonObject]] = _nothing
+    health: Callable[[], JsonObject | None] = _unknown
     clock: Callable[[], int] = time.monotonic_ns
     wall_clock: Callable[[], int] = time.time_ns
 
@@ -84,6 +90,7 @@ class Live:
             "objectives": list(parts.objectives()),
             "gpus": list(parts.gpus()),
             "engines": list(parts.engines()),
+            "health": parts.health(),
             "targets": [
                 {"service": safe(each.service), "processes": each.processes, "ports": each.ports}
                 for each in (status.targets if status else ())

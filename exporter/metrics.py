@@ -35,6 +35,7 @@ from exporter.cuda_metrics import cuda_families
 from exporter.engine_metrics import engine_families
 from exporter.families import Family, Kind, Point, Scrape, Spec
 from exporter.gpu_metrics import gpu_families
+from exporter.health_metrics import health_families
 from exporter.kernel_metrics import kernel_families
 from exporter.labels import safe
 from exporter.probe_points import probe_point_families
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
     from exporter.alertmanager import AlertReport
     from exporter.engines import EngineView
+    from exporter.health_watch import Health
     from exporter.probe_points import PointTotal
     from probes.gpu_report import GpuReport
 
@@ -314,7 +316,12 @@ def _agent_families(version: str, timer: Callable[[], float]) -> list[Family]:
     return [
         counter("footlight_lost_events", "Records that were lost, by reason.", ("probe", "reason"), _losses),
         gauge("footlight_probe_up", "1 when the probe is attached, else 0.", probe, _per_probe(lambda p: int(p.up))),
-        counter("footlight_probe_events", "Records the probe had to make.", probe, _per_probe(lambda p: p.events)),
+        counter(
+            "footlight_probe_events",
+            "Records the probe had to make.",
+            probe,
+            _per_probe(lambda p: None if p.name == "gpu" else p.events),  # NVML makes no records
+        ),
         Family(
             Spec(
                 "footlight_probe_cpu_seconds",
@@ -556,7 +563,7 @@ class Sources:
 
     `status` is what the attacher reported last, `reader` what the reader knows of itself, `kernel` what the probes have
     counted for each service, `gpus` the last look at them, `engines` what the engines tell, `points` the probe points,
-    `alerts` what the fast path tells.
+    `alerts` what the fast path tells, `health` what is normal.
     """
 
     status: Callable[[], AgentStatus | None] = _nothing
@@ -566,6 +573,7 @@ class Sources:
     engines: Callable[[], EngineView | None] = _nothing
     points: Callable[[], Sequence[PointTotal]] = _no_points
     alerts: Callable[[], AlertReport | None] = _nothing
+    health: Callable[[], Health | None] = _nothing
 
 
 @functools.cache
@@ -612,6 +620,7 @@ class Metrics:
             *gpu_families(),
             *cuda_families(),
             *_coverage_families(self._slis),
+            *health_families(self._sources.health),
             *alert_families(),
             *_agent_families(self.version, self._timer),
         ]

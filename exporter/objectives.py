@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from exporter.config import NONE
 from exporter.slo.events import concerns, events_of, is_counted, latency_of
 from exporter.slo.words import good_event
 
@@ -34,7 +35,7 @@ class Crossing:
 
     def __str__(self) -> str:
         return (
-            f"{self.slo.name} does not hold for {' '.join(self.labels)}: "
+            f"{self.slo.name} does not hold for {' '.join(label for label in self.labels if label != NONE)}: "
             f"{100 * self.good:.2f}% {good_event(self.slo)}, wanted {100 * self.slo.target:g}%"
         )
 

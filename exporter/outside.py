@@ -10,6 +10,7 @@ from exporter.config import OFF, ON
 from exporter.engines import EngineView, endpoints, ours_of
 from exporter.kv_cache import Source
 from exporter.probe_points import PointsView, PointTotal
+from exporter.reloading import is_gone
 from exporter.status import AgentStatus, ProbeStatus
 from probes.engine_metrics import PERIOD_S, EngineReport, EngineSource
 from probes.nvml import NvmlSource
@@ -97,7 +98,8 @@ class Outside:
 
     def tick(self, config: Config, status: AgentStatus | None, slis: Slis, now_ns: int) -> None:
         """Take what is new, and say whom to ask: several times a second, from the loop of the SLIs."""
-        self._endpoints = endpoints(config.services, status, {series.labels[0] for series in slis.all_series()})
+        services = [service for service in config.services if not is_gone(service)]
+        self._endpoints = endpoints(services, status, {series.labels[0] for series in slis.all_series()})
         latest = self._engines.latest()
         if latest is not None and self.has_news():
             slis.flush(now_ns)

@@ -34,7 +34,8 @@ class Inheritance:
 
     `recordings` is the open folder of recordings, where one is configured. `resumes` is set when an earlier reader died
     over the same rings. `room` is for how many services the probes count. `points` are the slots of the probe points. A
-    byte written to `reloads` asks the attacher to read the configuration again; None where it has no file.
+    byte written to `reloads` asks the attacher to read the configuration again; None where it has no file. `health` is
+    the open folder where what is normal is kept, where one is configured.
     """
 
     config: Config
@@ -49,6 +50,7 @@ class Inheritance:
     room: int
     reloads: int | None
     points: PointsMap | None
+    health: int | None = None
 
 
 def fork_reader(given: Inheritance) -> int:
@@ -68,6 +70,9 @@ def fork_reader(given: Inheritance) -> int:
 
 
 def _read(given: Inheritance) -> int:
+    # Else numpy's linear algebra, which nobody here uses, starts a thread for each CPU. Such a thread keeps what is
+    # each thread's own: its bounding set, and the right to gain privileges.
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
     try:
         from exporter import reader  # noqa: PLC0415 - only in the child
 

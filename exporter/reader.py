@@ -25,6 +25,7 @@ import uvicorn
 from exporter.config import Address, Config
 from exporter.fast_path import FastPath
 from exporter.fronts import gpu_object
+from exporter.health_watch import LEAK, Health
 from exporter.history import History
 from exporter.live import Live, Parts, objective_object
 from exporter.machine import engine_rows, gpu_rows
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
     from exporter.machine import EngineRow, GpuRow
-    from exporter.objectives import Crossing
     from exporter.parting import Inheritance
     from exporter.request import FinishedRequest
     from exporter.slis import Series, Sli
@@ -143,17 +143,20 @@ class Reader:
             None if self.paths is None else self.paths.first_token,
         )
         self._fast_path = FastPath(given.config, self.slis, self._conversations.under_way)
+        self._health = Health(self.slis, self._services, given.health)
+        self._kernel = lambda: {each.probe: each.totals() for each in counters}
         outside = self._outside = Outside(given.config, self._services, points, resumes=given.resumes)
         self.metrics = Metrics(
             self.slis,
             Sources(
                 lambda: self.status,
                 self._own_status,
-                lambda: {each.probe: each.totals() for each in counters},
+                self._kernel,
                 outside.gpus,
                 lambda: outside.engines,
                 outside.points,
                 self._fast_path.report,
+                lambda: self._health,
             ),
             self._services,
             self._standing,
@@ -172,6 +175,7 @@ class Reader:
                 ],
                 gpus=lambda: [gpu_object(row) for row in self.gpus],
                 engines=lambda: [asdict(row) for row in self.engines],
+                health=self._health.told,
             )
         )
         self._folder: RecordingFolder | None = None
@@ -220,6 +224,7 @@ class Reader:
                 if server is not None:
                     server.should_exit = True
         self._outside.stop()
+        self._health.save()
         self._fast_path.stop()
         self._catch_up()
         self._front.stopped(self)
@@ -277,27 +282,35 @@ class Reader:
             told = encode(explained, explained.request.finished_ns + offset_ns, labels)
             yield msgspec.json.encode(told) + b"\n"
 
-    async def _keep_recording(self, crossing: Crossing) -> None:
-        """Write the last minute to the folder: an objective does not hold any more."""
+    async def _keep_recording(self, reason: str) -> None:
+        """Write the last minute to the folder: an objective does not hold any more, or descriptors leak."""
         assert self._folder is not None
         try:
-            with self._folder.create(crossing.slo.name) as (name, file):
-                recording = self.recording(time.monotonic_ns() - WINDOW_S * 10**9, crossing.slo.name)
+            with self._folder.create(reason) as (name, file):
+                recording = self.recording(time.monotonic_ns() - WINDOW_S * 10**9, reason)
                 for piece in write(recording):
                     file.write(piece)
                     await asyncio.sleep(0)
         except OSError as error:
-            log.warning("no recording of %s: %s", crossing.slo.name, error)
+            log.warning("no recording of %s: %s", reason, error)
             return
-        log.warning("%s is recorded as %s", crossing.slo.name, name)
+        log.warning("%s is recorded as %s", reason, name)
 
     def _watch_objectives(self, now_ns: int) -> None:
         for crossing in self._objectives.crossed(now_ns):
             log.warning("%s", crossing)
-            if self._folder is not None and self.recorder is not None and self._folder.may_record():
-                task = asyncio.get_running_loop().create_task(self._keep_recording(crossing))
-                self._recordings.add(task)
-                task.add_done_callback(self._recordings.discard)
+            self._start_recording(crossing.slo.name)
+
+    def _watch_health(self, now_ns: int) -> None:
+        if any(event.leak is not None for event in self._health.tick(now_ns, self.status, self._kernel)):
+            self._start_recording(LEAK)
+
+    def _start_recording(self, reason: str) -> None:
+        """Record where a folder is configured, unless that was done a short while ago."""
+        if self._folder is not None and self.recorder is not None and self._folder.may_record():
+            task = asyncio.get_running_loop().create_task(self._keep_recording(reason))
+            self._recordings.add(task)
+            task.add_done_callback(self._recordings.discard)
 
     def _start_server(self, tasks: asyncio.TaskGroup) -> _Server | None:
         if self._listener is None:
@@ -335,11 +348,14 @@ class Reader:
             self._fast_path.tick(self.status, now_ns)
             if self.paths is not None:
                 self.paths.round(now_ns)
+            if self._outside.has_news():
+                self._drain_all()
             self._outside.tick(self.config, self.status, self.slis, now_ns)
             self.slis.tick(now_ns)
             self._history.tick(now_ns)
             self._standing.tick(now_ns)
             self._watch_objectives(now_ns)
+            self._watch_health(now_ns)
             self._front.tick(self)
         self._call_later(TICK_S, self._tick)
 
@@ -384,6 +400,8 @@ class Reader:
         )
         self.slis.add_bounds(bounds(config.slos))
         self._objectives = Objectives(config.slos, self.slis)
+        if config.slos != self._standing.slos:
+            self._standing = SloStatus(config.slos, self.slis)
         self._conversations.reconfigure(config.services)
         self._fast_path.reconfigure(config)
         self._services[:] = _by_place(config, len(self._services))
@@ -435,6 +453,8 @@ def main(given: Inheritance) -> None:
             keep.append(given.reloads)
         if given.recordings is not None:
             keep.append(given.recordings)
+        if given.health is not None:
+            keep.append(given.health)
         given.status_socket.shutdown(socket.SHUT_WR)
         _import_the_rest(given)
         privileges.drop_to_nobody(keep, given.attacher)

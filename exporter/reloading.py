@@ -25,7 +25,7 @@ SPARE_SERVICES: Final = 16
 MAX_ENCODED_BYTES: Final = 1 << 20
 """A larger configuration does not go over to the reader in one packet."""
 _NOBODY: Final = Match(pid=(-1,))
-_FIXED: Final = ("listen", "probes", "limits", "recorder", "gpu", "probe_points")
+_FIXED: Final = ("listen", "probes", "limits", "recorder", "health", "gpu", "probe_points")
 """Sections that decide what is loaded, opened or sized when the agent starts."""
 
 

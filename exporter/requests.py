@@ -209,7 +209,7 @@ class Conversations:
                     yield request.service, request.model, request.api.value, request.extra
 
     def under_way(self) -> Iterator[Request]:
-        """Every LLM request under way whose client has not left."""
+        """Every LLM request under way whose client has not left, the oldest connections first."""
         for connection in self._connections.values():
             if connection.requests and connection.client_left_ns is None:
                 yield from (request for request in connection.requests if request.api is not None)

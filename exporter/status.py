@@ -63,6 +63,44 @@ class ServiceProcesses:
 
 
 @dataclass(frozen=True, slots=True)
+class Vitals:
+    """What the processes of one service use, looked at every second. The fields are `probes.vitals.ServiceVitals`."""
+
+    service: str
+    cpu_seconds: float
+    resident_bytes: int
+    open_files: int | None
+    eldest: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeakTarget:
+    """What `count` descriptors of a process lead to."""
+
+    kind: str
+    name: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class DescriptorLeak:
+    """A process that opened more descriptors than it closed, `per_second`, for ten seconds, and what it had open then.
+
+    `at_ns` is CLOCK_MONOTONIC. `kinds` and `targets` are of the `examined` ones, as `probes.descriptors.Snapshot` has
+    them.
+    """
+
+    service: str
+    tgid: int
+    at_ns: int
+    per_second: float
+    open_files: int
+    examined: int
+    kinds: tuple[tuple[str, int], ...]
+    targets: tuple[LeakTarget, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SyscallLatency:
     """How long one system call of a service took: a `struct histogram` of the kernel."""
 
@@ -104,7 +142,8 @@ class AgentStatus:
     """What the attacher reports. It crosses as JSON: msgspec encodes it, and checks every type when it decodes it.
 
     `at_ns` is CLOCK_MONOTONIC when it was made. `transport` is `ring` or `perf`. `gpu_devices` are the device files in
-    which a wait is one for a GPU; None where nobody looked.
+    which a wait is one for a GPU; None where nobody looked. `leaks` are the last ones, told more than once: a packet
+    may be left out.
     """
 
     at_ns: int
@@ -117,6 +156,8 @@ class AgentStatus:
     syscalls: tuple[SyscallLatency, ...] = ()
     gpu_devices: int | None = None
     reload: ReloadStatus | None = None
+    vitals: tuple[Vitals, ...] = ()
+    leaks: tuple[DescriptorLeak, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

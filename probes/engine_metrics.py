@@ -178,7 +178,11 @@ class EngineSource:
         patience_ns = self._timeout_ns * -(-len(due) // WORKERS) + round(_GRACE_S * 1e9)
         for _ in range(workers):
             # Daemons: a name server that never answers must not keep the process from its end.
-            threading.Thread(target=self._work, args=(tasks, answers), name="engine-metrics", daemon=True).start()
+            worker = threading.Thread(target=self._work, args=(tasks, answers), name="engine-metrics", daemon=True)
+            try:
+                worker.start()
+            except RuntimeError:  # no room for another one, by a limit of the user's or the container's
+                break
         waiting = {id(asked): asked for asked in due}
         while waiting:
             left_ns = began_ns + patience_ns - self._clock()

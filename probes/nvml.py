@@ -84,8 +84,10 @@ class NvmlSource:
             try:
                 gpus = self._look(began_ns, processes)
             except LibraryProblem as problem:
-                self._present = problem.present
+                # A driver whose library was there and is not any more did not turn into a host without one.
+                self._present = self._present or problem.present
                 self._give_up(problem.what, problem.next_step)
+                gpus = self._remembered()
             except DriverGone as gone:
                 self._give_up(words(gone.error), next_step(gone.error))
                 gpus, processes = self._remembered(), []

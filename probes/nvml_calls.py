@@ -64,7 +64,7 @@ _NEXT_STEPS: Final = {
     pynvml.NVML_ERROR_NO_PERMISSION: "let the user nobody read and write /dev/nvidiactl and the GPUs' device files",
     pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "load the kernel module with: modprobe nvidia",
     pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: (
-        "the driver was updated: load its kernel module again or restart the host; restart the container"
+        "the driver was updated: restart the container; on the host, load the kernel module again or restart it"
     ),
     pynvml.NVML_ERROR_GPU_IS_LOST: "look for Xid in the kernel's log; reset the GPU or restart the host",
     pynvml.NVML_ERROR_RESET_REQUIRED: "when nothing uses the GPU, run: nvidia-smi --gpu-reset",
@@ -97,7 +97,7 @@ def name_of(error: Exception) -> str:
 
 def words(error: Exception) -> str:
     """What the driver calls it."""
-    return f"{type(error).__name__}: {error}" if code_of(error) is None else str(error)
+    return f"{type(error).__name__}: {error}" if code_of(error) is None else str(error).rstrip(".")
 
 
 def next_step(error: Exception) -> str:

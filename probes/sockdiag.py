@@ -28,6 +28,12 @@ _HEADER: Final = struct.Struct("=IHHII")  # struct nlmsghdr: len, type, flags, s
 _REQUEST: Final = struct.Struct("=BBBxI48x")  # struct inet_diag_req_v2: family, protocol, ext, states, id
 _PORT: Final = struct.Struct("!4xH")  # struct inet_diag_msg: id.idiag_sport is big-endian at 4
 _INODE: Final = struct.Struct("=68xI")  # and idiag_inode is the last word
+_UNIX_REQUEST: Final = struct.Struct("=BBxxIIIII")  # struct unix_diag_req: family, protocol, states, ino, show, cookie
+_UNIX_ANSWER: Final = struct.Struct("=BBBxIII")  # struct unix_diag_msg: family, type, state, ino, cookie
+_UDIAG_SHOW_PEER: Final = 4
+_UNIX_DIAG_PEER: Final = 2
+_ATTRIBUTE: Final = struct.Struct("=HH")  # struct rtattr: length, type
+_UNIX_MOST: Final = 1 << 17
 
 
 class ListenerTable:
@@ -111,6 +117,47 @@ def _take(answer: bytes, sequence: int, found: dict[int, int]) -> bool:
                 found[inode] = port
         offset += (length + 3) & ~3
     return True
+
+
+def unix_peers(namespace: str) -> dict[int, int]:
+    """Inode -> inode of its peer, of the connected unix sockets of a network namespace, such as /proc/PID/ns/net.
+
+    At most some 100,000 of them; none where the kernel does not say.
+    """
+    found: dict[int, int] = {}
+    try:
+        with _NetworkNamespace(namespace):
+            netlink = _netlink()
+        with netlink:
+            request = _UNIX_REQUEST.pack(socket.AF_UNIX, 0, 0xFFFFFFFF, 0, _UDIAG_SHOW_PEER, 0, 0)
+            length = _HEADER.size + len(request)
+            netlink.send(_HEADER.pack(length, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST_DUMP, 1, 0) + request)
+            while len(found) < _UNIX_MOST and _take_peers(netlink.recv(65536), found):
+                pass
+    except (OSError, struct.error):
+        pass
+    return found
+
+
+def _take_peers(answer: bytes, found: dict[int, int]) -> bool:
+    """Add the sockets of one answer to `found`; returns whether more answers follow. Raises struct.error."""
+    offset = 0
+    while offset + _HEADER.size <= len(answer):
+        length, kind, *_ = _HEADER.unpack_from(answer, offset)
+        if kind != _SOCK_DIAG_BY_FAMILY or length < _HEADER.size + _UNIX_ANSWER.size:
+            return False
+        end = min(offset + length, len(answer))
+        inode = _UNIX_ANSWER.unpack_from(answer, offset + _HEADER.size)[3]
+        at = offset + _HEADER.size + _UNIX_ANSWER.size
+        while at + _ATTRIBUTE.size <= end:
+            size, attribute = _ATTRIBUTE.unpack_from(answer, at)
+            if size < _ATTRIBUTE.size:
+                break
+            if attribute == _UNIX_DIAG_PEER and size >= _ATTRIBUTE.size + 4:
+                (found[inode],) = struct.unpack_from("=I", answer, at + _ATTRIBUTE.size)
+            at += (size + 3) & ~3
+        offset += (length + 3) & ~3
+    return offset > 0
 
 
 def _netlink() -> socket.socket:

@@ -47,6 +47,8 @@ RETRY_S: Final = 30.0
 """After this time a file is tried again that could not be attached to."""
 
 _CLOSERS: Final = 16
+_WARNINGS: Final = 100
+"""Processes choose the names of files, and as many as they like: what comes after so many lines is only counted."""
 _KNOWN_FILES: Final = 64
 _MAPS_BYTES: Final = 8 << 20
 _FILES_OF_A_NAME: Final = 8
@@ -92,7 +94,10 @@ class Symbol:
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """A symbol that a file does not have, or a file that cannot be attached to (`name` is empty then)."""
+    """A symbol that a file does not have, or a file that cannot be attached to (`name` is empty then).
+
+    `path` is printable.
+    """
 
     path: str
     name: str
@@ -189,6 +194,7 @@ class UserProbes:
         self._leaving: list[tuple[_Key, UserLink]] = []
         self._closing: dict[_Key, list[Future[None]]] = {}
         self._closers: ThreadPoolExecutor | None = None
+        self._warned = 0
         self.failed = 0
         """How often a process or file could not be looked at or attached to, for another reason than its end."""
         if self._multi:
@@ -369,7 +375,7 @@ class UserProbes:
                         self._leave(key, attached.links)
                     self._wait_until_closed(key)
                     users = attached.users if attached is not None else set()
-                    attached = self._attached[key] = _Attached(mapping.path, users=users)
+                    attached = self._attached[key] = _Attached(_printable(mapping.path), users=users)
                     self._attach_all(key, attached, f"/proc/self/fd/{fd}", functions, symbols)
         except OSError as error:
             # Not there any more: the process ended, or unmapped it.
@@ -417,9 +423,8 @@ class UserProbes:
             attached.retry_at = self._clock() + RETRY_S
             reason = error.what.partition("\n")[0]
             reason = _DESCRIPTOR.sub(lambda _: attached.path, reason)
-            log.warning("%s", reason)
             self._miss(key, attached, name, reason)
-            self.failed += 1
+            self._warn(reason)
 
     def _miss(self, key: _Key, attached: _Attached, name: str, reason: str) -> None:
         missing = Missing(attached.path, name, reason)
@@ -447,8 +452,13 @@ class UserProbes:
         return found
 
     def _fail(self, path: str, reason: str) -> None:
-        log.warning("%s: %s", path, reason)
+        self._warn(f"{_printable(path)}: {reason}")
+
+    def _warn(self, text: str) -> None:
         self.failed += 1
+        if self._warned < _WARNINGS:
+            self._warned += 1
+            log.warning("%s", text)
 
     # ---- detaching ----
 
@@ -523,6 +533,10 @@ class UserProbes:
             return b""
         finally:
             os.close(fd)
+
+
+def _printable(path: str) -> str:
+    return "".join(char if char.isprintable() else "\ufffd" for char in path)
 
 
 def _grouped(symbols: Iterable[Symbol]) -> tuple[_Group, ...]:

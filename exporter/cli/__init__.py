@@ -14,7 +14,7 @@ import click
 
 from probes.errors import ConfigError, FootlightError
 
-COMMANDS: Final = ("run", "top", "trace", "why", "record", "slo", "check", "demo")
+COMMANDS: Final = ("run", "top", "trace", "why", "record", "slo", "health", "check", "demo")
 INTERRUPTED: Final = 130
 
 

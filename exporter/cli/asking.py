@@ -60,7 +60,10 @@ class Url:
             step = "footlight run --port PORT, or its --listen address"
             if isinstance(reason, ssl.SSLError):
                 step = "--http.config.file FILE, with tls_config: {ca_file: FILE}, cert_file and key_file"
-            raise FootlightError(f"no agent answers at {self.base}: {reason}", step) from error
+            elif isinstance(reason, ConnectionResetError) and self.base.startswith("http://"):
+                step = f"--url https://{self.base.removeprefix('http://')}, if it serves with TLS"
+            why = reason if isinstance(reason, ssl.SSLError) else getattr(reason, "strerror", None) or reason
+            raise FootlightError(f"no agent answers at {self.base}: {why}", step) from error
         return response
 
 

@@ -106,7 +106,7 @@ def cuda_check(
             "boot a kernel with CONFIG_UPROBE_EVENTS" if wanted else "nothing, unless probes: {cuda: on} is wanted",
         )
     who = "only the service's processes pay" if by_process() else "each process that maps the library pays"
-    return Check("CUDA calls", True, False, f"uprobes, {who}" + ("" if wanted else "; off: probes: {cuda: on}"))
+    return Check("CUDA calls", True, False, f"uprobes, {who}" + ("" if wanted else "; off without probes: {cuda: on}"))
 
 
 # ---- engines ----

@@ -14,8 +14,11 @@ from exporter.cli.options import Request, agent_options
 def run(asked: Request) -> int:
     """Attach, measure, and serve /metrics until Ctrl-C or SIGTERM.
 
-    Needs root. The process that decodes traffic gives its privileges up before it reads the first byte. Also served:
-    /-/healthy, and /-/ready, which is 200 once every wanted probe is attached.
+    Needs root. The process that decodes traffic gives its privileges up before it reads the first byte. Also served: a
+    live page at /, /-/healthy, and /-/ready, which is 200 once every wanted probe is attached.
+
+    The file of --config is read again when it changes, on SIGHUP to the process with privileges, and on a POST to
+    /-/reload, which answers why it was refused.
 
     \b
     Examples:

@@ -160,7 +160,10 @@ def _health(scene: Scene) -> Text:
         return Text.assemble((" ● ", _BAD), (why, _BAD))
     lost = {(probe.name, loss.reason): loss.count for probe in status.probes for loss in probe.losses if loss.count}
     line = Text(" ● ", style=_WARN if lost else "green")
-    line.append(f"{', '.join(probe.name for probe in status.probes)} attached", style="default")
+    line.append(f"{', '.join(probe.name for probe in status.probes if probe.up)} attached", style="default")
+    for probe in status.probes:
+        if not probe.up:
+            line.append(f"   {probe.name}: {probe.reason or 'not up'}", style=_WARN)
     if lost:
         reasons = ", ".join(
             f"{count:,} {reason}" for (_, reason), count in sorted(lost.items(), key=lambda item: -item[1])
@@ -184,7 +187,10 @@ def _header(columns: Sequence[_Column], name_width: int) -> list[Text]:
         group = _GROUPS.get(columns[index].title[:4])
         taken = len(members) if group else 1
         room = sum(column.width + 1 for column in columns[index : index + taken])
-        groups.append(f"  {f' {group} '.center(room - 2, '─')}" if group else " " * room)
+        if group:
+            groups.append(f"  {f' {group} '.center(room - 2, '─')}" if taken > 1 else group.rjust(room))
+        else:
+            groups.append(" " * room)
         for column in columns[index : index + taken]:
             titles.append(" " + (column.title[5:] if group else column.title).rjust(column.width))
         index += taken
@@ -210,9 +216,10 @@ def _body(scene: Scene, columns: Sequence[_Column], name_width: int, room: int |
                 cell = column.cell(row)
                 line.append(" " * max(1, column.width + 1 - cell.cell_len)).append_text(cell)
             lines.append(line)
-    if len(shown) < len(scene.rows):
+    hidden = len(scene.rows) - len(shown)
+    if hidden:
         lines.append(
-            Text(f"   and {len(scene.rows) - len(shown)} less busy ones: a taller window shows more", style=_QUIET)
+            Text(f"   and {hidden} less busy one{'' if hidden == 1 else 's'}: a taller window shows more", style=_QUIET)
         )
     return lines
 
@@ -391,10 +398,10 @@ _GROUPS: Final = {"ttft": "TTFT", "itl ": "ITL"}
 _COLUMNS: Final = (
     _Column("req/s", 5, lambda row: _rate(row.requests_per_second)),
     _Column("open", 4, lambda row: _count(row.in_flight)),
-    _Column("ttft p50", 6, lambda row: _time(row.ttft_p50)),
+    _Column("ttft p50", 6, lambda row: _time(row.ttft_p50), least_screen=72),
     _Column("ttft p90", 6, lambda row: _time(row.ttft_p90), least_screen=96),
     _Column("ttft p99", 6, lambda row: _time(row.ttft_p99, TTFT_SLOW_S)),
-    _Column("itl  p50", 6, lambda row: _time(row.itl_p50)),
+    _Column("itl  p50", 6, lambda row: _time(row.itl_p50), least_screen=72),
     _Column("itl  p90", 6, lambda row: _time(row.itl_p90), least_screen=96),
     _Column("itl  p99", 6, lambda row: _time(row.itl_p99, ITL_SLOW_S)),
     _Column("tok/s", 5, lambda row: _count(row.tokens_per_second)),

@@ -109,12 +109,16 @@ function lines(id, series, data, label) {
   if (charts[id]?.key !== key) {
     charts[id]?.plot.destroy();
     const axis = { stroke: colour("dim"), grid: { stroke: colour("grid"), width: 1 }, ticks: { stroke: colour("grid"), width: 1 }, font: "12px system-ui" };
+    const sides = [...new Set(series.map((each) => each.scale ?? "y"))];
+    const range = (_, low, high) => [0, high > 0 ? high * 1.08 : 1];
+    const upright = (scale, at) => ({ ...axis, scale, side: at ? 1 : 3, size: at ? 50 : 62, grid: at ? { show: false } : axis.grid,
+      stroke: sides.length > 1 ? series[at].stroke : axis.stroke, values: (_, ticks) => ticks.map(label) });
     const plot = new uPlot({
       width, height,
       padding: [8, 8, 0, 0],
       cursor: { y: false },
-      scales: { x: { time: true }, y: { range: (_, low, high) => [0, high > 0 ? high * 1.08 : 1] } },
-      axes: [{ ...axis, space: 70, values: (_, ticks) => ticks.map((tick) => clock(tick)) }, { ...axis, size: 62, values: (_, ticks) => ticks.map(label) }],
+      scales: { x: { time: true }, ...Object.fromEntries(sides.map((scale) => [scale, { range }])) },
+      axes: [{ ...axis, space: 70, values: (_, ticks) => ticks.map((tick) => clock(tick)) }, ...sides.map(upright)],
       series: [{ label: "at", value: (_, at) => (known(at) ? clock(at, 8) : "–") }, ...series.map((each) => ({ ...each, width: 1.75, points: { size: 4 }, value: (_, value) => label(value) }))],
     }, data, place);
     charts[id] = { key, plot };
@@ -135,7 +139,7 @@ function drawHistory() {
   const pair = [{ label: "p50", stroke: colour("first") }, { label: "p99", stroke: colour("second") }];
   lines("ttft", pair, [history_.times, worst(models, "ttft_p50"), worst(models, "ttft_p99")], time);
   lines("itl", pair, [history_.times, worst(models, "itl_p50"), worst(models, "itl_p99")], time);
-  lines("load", [{ label: "requests/s", stroke: colour("first") }, { label: "frames/s", stroke: colour("second") }],
+  lines("load", [{ label: "requests/s", stroke: colour("first") }, { label: "frames/s", stroke: colour("second"), scale: "frames" }],
     [history_.times, perSecond(sums(models, "requests")), perSecond(sums(models, "frames"))], (value) => number(value));
   drawHeat(models);
 }

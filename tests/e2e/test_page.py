@@ -51,7 +51,7 @@ def seconds(text: str) -> float:
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Agent]:
     folder = tmp_path_factory.mktemp("page")
-    ask = Ask(model="<b>alto</b>", script={"frames": 11, "first_ms": 30, "gap_ms": 5})
+    ask = Ask(model="<b>alto</b>", script={"frames": 11, "first_ms": 300, "gap_ms": 5})
     with (
         service("uvicorn-uvloop", folder) as running,
         agent(folder, "run", "--service", "stage", "--port", str(running.port)) as observer,

@@ -257,3 +257,20 @@ def test_a_response_that_was_under_way_at_the_start_is_not_counted_as_seen(threa
             assert metrics.sum("llm_requests_total") == 3
             assert metrics.one("footlight_capture_total", outcome="complete") == 3
             assert metrics.one("footlight_capture_ratio") == pytest.approx(3 / 4)
+
+
+def test_no_thread_of_the_reader_kept_a_privilege(threaded: Service, tmp_path: Path) -> None:
+    """What a thread may gain is its own: one that began before privileges were given up would keep it."""
+    with agent(tmp_path, "run", "--port", str(threaded.port)) as observer:
+        ask(threaded.port)
+        observer.wait_requests(1)
+        statuses = [
+            dict(line.split(":", 1) for line in (task / "status").read_text().splitlines())
+            for task in Path(f"/proc/{observer.reader}/task").iterdir()
+        ]
+    assert len(statuses) > 1  # its own loop, and those who ask slow sources
+    for status in statuses:
+        assert status["Uid"].split() == ["65534"] * 4
+        assert status["NoNewPrivs"].strip() == "1", status["Name"]
+        for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+            assert int(status[kind], 16) == 0, (status["Name"], kind)

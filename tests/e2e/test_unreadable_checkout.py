@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import shlex
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.agent import agent, objects
+from examples.roleplay.lookups import LIBRARY
+from tests.e2e.agent import Metrics, agent, objects
 from tests.e2e.client import Ask, talk
-from tests.e2e.processes import ROOT, Service, need
+from tests.e2e.processes import ROOT, Service, answers, free_port, need, started, wait_for
+from tests.standins.cuda import Caller, breakpoints
+from tests.standins.cuda import build as build_cuda
+from tests.standins.nvml import Driver, fixture
+from tests.standins.nvml import build as build_nvml
 
 HIDE = """\
 set -e
@@ -102,6 +112,67 @@ def test_it_works_where_nobody_may_read(
                 assert objects(text)
         assert "Traceback" not in observer.said()
         assert "crashed" not in observer.said()
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that the user nobody may look into: those of pytest are root's."""
+    with tempfile.TemporaryDirectory(prefix="driver-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def chat(port: int) -> None:
+    """Ask the role-play service for two tokens."""
+    messages = [{"role": "user", "content": "Who goes there, and what for?"}]
+    body = json.dumps({"model": "understudy", "messages": messages, "max_tokens": 2})
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+        connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
+        assert connection.getresponse().status == 200
+
+
+def test_gpus_engines_and_probe_points_are_told_where_nobody_may_read(
+    python: list[str], tmp_path: Path, open_folder: Path
+) -> None:
+    driver = Driver(build_nvml(open_folder), open_folder / "driver", fixture("h100"))
+    library, program = build_cuda(tmp_path)
+    port = free_port()
+    serve = [sys.executable, "-m", "examples.roleplay", "serve", "--port", str(port), "--model", "understudy"]
+    config = tmp_path / "footlight.yaml"
+    config.write_text(
+        f"services:\n  - {{name: roleplay, match: {{port: {port}}}, engine_metrics: 'http://localhost:{port}/metrics'}}\n"
+        f"  - {{name: engine, match: {{exe: {program}}}}}\n"
+        f"probes: {{gpu: on, cuda: on}}\ngpu: {{library: {driver.path}, period: 100ms}}\n"
+        f"probe_points: [{{name: lookup, library: {LIBRARY.name}, symbol: llm_kv_lookup, "
+        "model: 1, hit_tokens: 2, looked_up_tokens: 3}]\n"
+    )
+
+    def all_told(metrics: Metrics) -> bool:
+        name = "llm_kv_cache_source_hit_tokens_total"
+        told = {labels["source"] for found, labels, _ in metrics.samples if found == name}
+        return (
+            told == {"wire", "engine", "probe_point"}
+            and bool(metrics.find("gpu_power_watts"))
+            and metrics.sum("gpu_cuda_launches_total") == 101
+        )
+
+    command = [*python, "-m", "exporter.cli"]
+    options = ("run", "--config", str(config))
+    with (
+        started(serve, tmp_path / "roleplay.log", cwd=ROOT),
+        closing(Caller([str(program)], preload=library)) as caller,
+    ):
+        wait_for("the role-play service", lambda: answers(port) or None)
+        with agent(tmp_path, *options, command=command, env={"PYTHONDONTWRITEBYTECODE": "1"}) as observer:
+            wait_for("the breakpoints", lambda: breakpoints(caller.pid, library) or None)
+            caller.do("launch", 101)
+            for _ in range(3):
+                chat(port)
+            observer.wait_metrics("every source", all_told, 20)
+            driver.fail("*", "*", 999)  # errors have names that are looked up, and the library is opened again
+            observer.wait_metrics("the loss", lambda now: now.find("footlight_probe_up", probe="gpu") == [0])
+            assert "Traceback" not in observer.said()
+            assert "crashed" not in observer.said()
 
 
 def test_the_live_table_on_a_terminal(python: list[str], threaded: Service) -> None:

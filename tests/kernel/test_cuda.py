@@ -213,6 +213,22 @@ def test_memory_goes_with_its_process(cuda: OneProbe, start: Start, end: str) ->
     assert cuda.stats()["frees"] == 0
 
 
+def test_memory_goes_with_its_process_to_another_service(cuda: OneProbe, start: Start) -> None:
+    stays, moves = start(), start()
+    both = {stays.pid: 0, moves.pid: 0}
+    cuda.follow(both)
+    cuda_probe(cuda).follow_processes(both)
+    stays.do("allocate", 3, 1000)
+    moves.do("allocate", 5, 100)
+    assert (outstanding(cuda), outstanding(cuda, 1)) == (3500, 0)
+    follow(cuda, stays, moves)
+    moves.do("allocate", 7, 10)
+    assert (outstanding(cuda), outstanding(cuda, 1)) == (3000, 570)
+    moves.do("exit", 0)
+    wait_for(lambda: outstanding(cuda, 1) == 0, "the memory is given back")
+    assert outstanding(cuda) == 3000
+
+
 def test_what_failed_is_an_error_and_nothing_else(cuda: OneProbe, start: Start) -> None:
     caller = start()
     follow(cuda, caller)

@@ -334,10 +334,10 @@ def test_serve_logs_what_changes_and_only_that(caplog: pytest.LogCaptureFixture)
     assert said[2:] == [
         "INFO serving http://127.0.0.1:9466/metrics",
         "INFO attached: requests; transport ring",
-        "INFO roleplay: following 3 processes, 1 ports",
+        "INFO roleplay: following 3 processes, 1 port",
         "WARNING not ready: not attached: requests: EPERM",
         "INFO attached: requests; transport ring",
-        "WARNING roleplay: following 0 processes, 1 ports",
+        "WARNING roleplay: following 0 processes, 1 port",
         "WARNING requests: lost 23 events: ring_full",
         "INFO stopped",
     ]
@@ -488,7 +488,17 @@ def test_a_small_window_shows_the_busiest_models() -> None:
     rows = [replace(ROW, model=f"m{number:02d}", requests_per_second=float(number)) for number in range(23)]
     text = "\n".join(line.plain for line in draw(scene(*rows), 100, 12))
     assert re.findall(r"m\d\d", text) == ["m18", "m19", "m20", "m21", "m22"]
-    assert "and 18 less busy ones" in text
+    assert "and 18 less busy ones:" in text
+    assert "and 1 less busy one:" in "\n".join(line.plain for line in draw(scene(*rows[:6]), 100, 12))
+
+
+def test_in_60_columns_models_still_have_names() -> None:
+    lines = [line.plain.rstrip() for line in draw(scene(ROW), 60, 24)]
+    assert lines[3].split() == ["TTFT", "ITL"]
+    assert lines[4].split() == ["MODEL", "req/s", "open", "p99", "p99", "tok/s", "fail", "seen"]
+    assert "headliner" in lines[6]
+    for title in ("TTFT", "ITL"):  # each stands over the end of its column
+        assert lines[4][: lines[3].index(title) + len(title)].endswith("p99")
 
 
 def test_two_apis_of_one_model_are_told_apart() -> None:
@@ -507,6 +517,10 @@ def test_two_apis_of_one_model_are_told_apart() -> None:
         (agent(up=False), "● not attached: requests: EPERM"),
         (agent(at_ns=100 * S), "● the attacher has not reported for 100 s"),
         (replace(agent(), reader_restarts=2), "reader restarted 2x"),
+        (
+            replace(agent(), probes=(*agent().probes, ProbeStatus("gpu", False, "gone", 0, None, None, (), False))),
+            "● requests attached   gpu: gone   nothing lost",
+        ),
     ],
 )
 def test_the_state_of_the_agent_is_on_the_second_line(status: AgentStatus, text: str) -> None:

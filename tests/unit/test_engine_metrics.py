@@ -546,3 +546,15 @@ def test_no_answer_raises(monkeypatch: pytest.MonkeyPatch, parts: list[bytes]) -
     # a worker that raises would not have answered, and that is a timeout
     told = only(source("http://engine/metrics").look())
     assert told.up or told.failure not in {None, Failure.TIMEOUT}
+
+
+def test_without_room_for_threads_nobody_is_asked_and_that_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    source = EngineSource(lambda: {"stage": [Endpoint("http://127.0.0.1:9/metrics")]}, timeout_s=0.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        (endpoint,) = source.look().endpoints
+    assert endpoint.failure is Failure.NOT_ASKED
+    assert source.look().failures["stage", Failure.NOT_ASKED] == 1

@@ -249,6 +249,44 @@ def test_cache_deltas_are_what_happened_since_the_last_ones() -> None:
     assert view.cache_deltas() == [CacheDelta("roleplay", "bard", 97, 11)]
 
 
+def test_counter_that_is_late_after_a_restart_is_no_other_restart() -> None:
+    view = EngineView()
+    view.take(report(said(0, cached(101, 1009, 503))), ours(101))
+    view.cache_deltas()
+    view.take(report(said(5, engine(prefix_queries=11, prefix_hits=0))), ours(102))  # none of its requests ended yet
+    view.take(report(said(10, cached(1, 23, 0))), ours(102))
+    view.take(report(said(15, cached(2, 31, 7))), ours(103))
+    assert totals(view) == {"requests": 103, "prefix_queries": 1040, "prefix_hits": 510}
+    assert view.cache_deltas() == [CacheDelta("roleplay", "bard", 31, 7)]
+
+
+def test_engine_that_was_silent_for_long_does_not_tell_its_past_again() -> None:
+    view = EngineView()
+    view.take(report(said(0, cached(3, 300, 101))), ours(3))
+    view.take(report(said(5, cached(5, 500, 203))), ours(5))
+    assert view.cache_deltas() == [CacheDelta("roleplay", "bard", 500, 203)]
+    silent_s = 6 + FORGET_NS // S
+    view.take(report(said(silent_s)), ours(5))
+    assert not view.models
+    view.take(report(said(silent_s + 5, cached(5, 500, 203))), ours(5))
+    assert view.cache_deltas() == []
+    view.take(report(said(silent_s + 10, cached(7, 700, 307))), ours(7))
+    assert view.cache_deltas() == [CacheDelta("roleplay", "bard", 200, 104)]
+
+
+def test_engine_that_comes_later_does_not_tell_what_happened_elsewhere() -> None:
+    view = EngineView()
+    other = "http://127.0.0.1:8001/metrics"
+    view.take(report(said(0, cached(0, 0, 0))), ours(0))
+    view.take(report(said(5, cached(97, 900, 101))), ours(97))
+    assert view.cache_deltas() == [CacheDelta("roleplay", "bard", 900, 101)]
+    # What it counted cannot be among the requests that were seen: the first engine had them all.
+    view.take(report(said(10, cached(97, 900, 101)), said(10, cached(53, 700, 7), url=other)), ours(97))
+    assert view.cache_deltas() == []
+    view.take(report(said(15, cached(97, 900, 101)), said(15, cached(54, 719, 18), url=other)), ours(98))
+    assert view.cache_deltas() == [CacheDelta("roleplay", "bard", 19, 11)]
+
+
 def test_cache_past_that_the_agent_did_not_see_is_left_out() -> None:
     view = EngineView()
     view.take(report(said(0, cached(1009, 90_001, 80_021))), ours(2))

@@ -121,7 +121,7 @@ def test_no_device_file_is_a_note() -> None:
 @pytest.mark.parametrize(
     ("there", "by_process", "wanted", "ok", "detail"),
     [
-        (True, True, False, True, "uprobes, only the service's processes pay; off: probes: {cuda: on}"),
+        (True, True, False, True, "uprobes, only the service's processes pay; off without probes: {cuda: on}"),
         (True, False, True, True, "uprobes, each process that maps the library pays"),
         (False, False, False, False, "this kernel has no uprobes"),
         (False, False, True, False, "this kernel has no uprobes"),

@@ -178,6 +178,15 @@ def test_services_have_what_their_processes_have() -> None:
     }
 
 
+def test_a_service_of_which_not_every_process_is_known_has_no_sum() -> None:
+    report = report_of(GpuProcess(11, "GPU-1", 1009, 0.25), GpuProcess(13, "GPU-1", 2003, 0.5))
+    samples = scraped(report, TargetStatus("a", 67, 1, (11,)), TargetStatus("b", 1, 1, (13,)))
+    assert {name: value for name, value in samples.items() if "service" in name} == {
+        'gpu_service_memory_used_bytes{service_name="b",uuid="GPU-1"}': 2003,
+        'gpu_service_sm_utilization_ratio{service_name="b",uuid="GPU-1"}': 0.5,
+    }
+
+
 def test_a_sum_that_misses_a_process_is_absent() -> None:
     known, unknown = GpuProcess(11, "GPU-1", 1009, None), GpuProcess(13, "GPU-1", None, None)
     for processes in ((known, unknown), (unknown, known)):

@@ -110,6 +110,12 @@ def test_without_the_right_certificates_the_next_step_is_named(folder: Path, age
     assert caught.value.next_step.startswith("--http.config.file")
 
 
+def test_who_speaks_no_tls_where_it_is_wanted_is_told(agent: str) -> None:
+    with pytest.raises(FootlightError, match="no agent answers") as caught:
+        Url(agent.replace("https://", "http://")).open("/api/why")
+    assert caught.value.next_step.startswith(f"--url {agent}, if")
+
+
 def test_without_a_password_the_next_step_is_named(folder: Path, agent: str) -> None:
     given = access(folder, "tls_config: {ca_file: ours.crt, cert_file: client.crt, key_file: client.key}\n")
     with pytest.raises(FootlightError, match="answered 401") as caught:

@@ -122,7 +122,7 @@ def test_a_driver_that_does_not_start_is_asked_again_later_and_later(
         before = driver.recorded().count("- nvmlInitWithFlags")
         report = source.look()
         assert (report.present, report.gpus, report.processes) == (True, (), ())
-        assert report.problem is not None and problem in report.problem
+        assert report.problem is not None and problem in report.problem and not report.problem.endswith(".")
         assert step in report.next_step
         if driver.recorded().count("- nvmlInitWithFlags") > before:
             tried.append(second)
@@ -496,6 +496,27 @@ def test_no_gpus_are_said_and_looked_for_again(driver: Driver, opened: Open, clo
 
 
 # 12: the driver is loaded again
+
+
+def test_a_driver_whose_library_is_taken_away_is_missed(driver: Driver, opened: Open, clock: Clock) -> None:
+    source = opened(driver)
+    assert len(source.look().gpus) == 2
+    aside = driver.path.rename(driver.path.with_suffix(".aside"))
+    driver.kernel("560.35.03")
+    for _ in range(17):
+        clock.step()
+        report = source.look()
+        assert report.present and report.problem is not None
+        assert [(gpu.index, gpu.utilization, gpu.problem) for gpu in report.gpus] == [
+            (0, None, report.problem),
+            (1, None, report.problem),
+        ]
+    assert "is not a file" in report.problem
+    aside.rename(driver.path)
+    for _ in range(64):
+        clock.step()
+        report = source.look()
+    assert (report.problem, [gpu.problem for gpu in report.gpus]) == (None, [None, None])
 
 
 def test_after_an_update_of_the_driver_its_library_is_loaded_again(driver: Driver, opened: Open, clock: Clock) -> None:

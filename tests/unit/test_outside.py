@@ -12,6 +12,7 @@ from exporter import outside
 from exporter.config import Config, GpuConfig, Match, ProbePoint, Probes, Service
 from exporter.kv_cache import Source
 from exporter.outside import Outside
+from exporter.reloading import merged
 from exporter.slis import Slis
 from exporter.status import AgentStatus, ProbeStatus, TargetStatus
 from probes.engine_metrics import EndpointReport, EngineReport
@@ -218,6 +219,17 @@ def test_one_that_is_named_is_asked_from_the_start() -> None:
     assert it.outside.has_news()
     it.tick()
     assert not it.outside.has_news()
+
+
+def test_engine_of_a_service_that_was_taken_out_is_not_asked_any_more() -> None:
+    other = Service("other", Match(port=(8001,)))
+    running = Config(services=(Service("stage", Match(port=(8000,)), engine_metrics="http://engine:9/metrics"), other))
+    it = Told(running)
+    it.tick()
+    assert set(it.outside._endpoints) == {"stage"}
+    it.config = merged(running, Config(services=(other,)), 2)
+    it.tick()
+    assert it.outside._endpoints == {}
 
 
 def test_starting_and_stopping_reach_both() -> None:

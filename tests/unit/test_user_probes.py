@@ -223,6 +223,41 @@ def test_a_process_with_endless_files_of_the_name_is_followed_to_some(world: Wor
     assert world.probes.failed == 1
 
 
+def test_names_that_processes_choose_neither_reach_a_terminal_nor_fill_the_log(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.process(7)
+    broken = world.root / "broken"
+    for number in range(211):
+        broken.write_bytes(b"\x7fELF" + b"x" * number)  # another file each time
+        place = world.root / "7" / "map_files" / "5000-6000"
+        place.unlink()
+        place.symlink_to(broken)
+        (world.root / "7" / "maps").write_text(f"5000-6000 r-xp 0 08:01 {number + 1} /lib/libsomething.so.1.\x1b[31m\n")
+        (world.root / "7" / "status").write_text(f"VmExe:\t{number} kB\n")
+        world.follow(7)
+    assert world.probes.failed == 211
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 100
+    assert all(line.isprintable() and "libsomething.so.1.\ufffd[31m" in line for line in said)
+
+
+def test_paths_of_what_is_missing_are_printable(world: World) -> None:
+    world.process(7)
+    maps = world.root / "7" / "maps"
+    maps.write_text(maps.read_text().replace("libsomething.so.1", "libsomething.so.1.\x1b[31m"))
+    world.probes = UserProbes(
+        cast("Object", type("Owner", (), {"program": lambda _, __: world.program})()),
+        [Symbol("entered", "/lib/libsomething.so.1.\x1b[31m", "no_such_function")],
+        scope=Scope.PROCESS,
+        multi=True,
+        proc=str(world.root),
+    )
+    world.follow(7)
+    (missing,) = world.probes.missing
+    assert missing.path == "/lib/libsomething.so.1.\ufffd[31m"
+
+
 @pytest.mark.parametrize("raw", [b"", b"7", b"7 (", b"7 (a) S 1", b"\xff" * 4096])
 def test_damaged_files_in_proc_are_a_process_that_is_gone(world: World, raw: bytes) -> None:
     world.process(7)

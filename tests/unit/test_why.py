@@ -507,7 +507,7 @@ def test_an_agent_that_is_not_there_or_is_another_is_told(url: str) -> None:
     assert "answered 404: not here" in result.output
     result = footlight("why", "--url", "http://127.0.0.1:1")
     assert result.exit_code == 1
-    assert "no agent answers at http://127.0.0.1:1" in result.output
+    assert "no agent answers at http://127.0.0.1:1: Connection refused" in result.output
 
 
 def test_the_window_without_a_walk_is_the_ttft() -> None:

@@ -1,0 +1,1 @@
+"""How soon the agent finds that a service is not well, and how quiet it is while it is."""

@@ -1,0 +1,380 @@
+"""Which of the few alerts that cannot wait for Prometheus fire now: looked at four times a second, in the reader.
+
+`ErrorBudgetBurn`: an objective about requests burns its budget fast (exporter/fast_burn.py). Its labels are those of
+the alert that `footlight slo rules` makes, so that an Alertmanager takes both for one. A request that has waited longer
+than its objective allows is bad before it is over: an engine that stopped is told of before it says another word.
+`FootlightRequestsFail`, `FootlightStreamsCutOff`: the same for what services do wrong, where no objective is about it.
+`FootlightServiceGone`: a service had processes, and has none. `FootlightProbeDown`, `FootlightLosesEvents`: the agent
+does not see what it was asked to. These are alerts of dashboards/rules/footlight.yaml.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from exporter.config import SLO_ABORTS, SLO_ERRORS, SLO_SPEED, Slo
+from exporter.fast_burn import FastBurn, Weights
+from exporter.labels import safe
+from exporter.reloading import is_gone
+from exporter.slo.events import NONE, events_of
+from exporter.slo.native import natives
+from exporter.slo.rules import PAGE, identity, possible
+from exporter.slo.words import good_event, sentence
+
+if TYPE_CHECKING:
+    from exporter.config import Config
+    from exporter.live_request import Request
+    from exporter.slis import Series, Slis
+    from exporter.slo.events import Events
+    from exporter.slo.model import Objective
+    from exporter.status import AgentStatus, ProbeStatus
+
+BURN: Final = "ErrorBudgetBurn"
+FAIL: Final = "FootlightRequestsFail"
+CUT_OFF: Final = "FootlightStreamsCutOff"
+GONE: Final = "FootlightServiceGone"
+PROBE_DOWN: Final = "FootlightProbeDown"
+LOSES: Final = "FootlightLosesEvents"
+NAMES: Final = (BURN, FAIL, CUT_OFF, GONE, PROBE_DOWN, LOSES)
+FAST_SLIS: Final = ("ttft", "tpot", "longest_gap", "duration", SLO_SPEED, SLO_ERRORS, SLO_ABORTS)
+"""What the fast path looks at: objectives whose events are requests. Gaps and tokens come by the hundred from one
+stream, which is no proof of anything."""
+MOST_ROWS: Final = 256
+"""Objectives times models that are looked at: each costs 2 us at each look."""
+MOST_REQUESTS: Final = 4096
+"""Requests under way that are looked at, those of the oldest connections first: each costs 0.5 us at each look."""
+LASTS_NS: Final = 3_000_000_000
+"""A service has had no process, or a probe has not been up, for so long before anybody is told."""
+ATTACHES_NS: Final = 60_000_000_000
+"""The same of an agent that begins."""
+LOSS_SHARE: Final = 0.01
+LOSS_FEWEST: Final = 100
+LOSS_S: Final = 10
+"""Lost events are told of where so many of a probe, and such a share of them, were lost in that many seconds."""
+_SILENT: Final = (
+    (FAIL, Slo("fail", SLO_ERRORS, None, 0.99, reasons=("server_error",))),
+    (CUT_OFF, Slo("cut-off", SLO_ERRORS, None, 0.99, reasons=("cut_off",))),
+)
+"""What is looked at where no objective is about errors: alert, and the objective that stands in."""
+
+Labels = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """One that fires. `labels` tell alerts apart. `since_ns` is CLOCK_MONOTONIC.
+
+    `fades`: a rule's alert is the same one and lasts longer, because its windows are longer. To end it would make the
+    rule's a new one; it runs out instead.
+    """
+
+    labels: Labels
+    summary: str
+    description: str
+    since_ns: int
+    fades: bool = False
+    of_agent: bool = False  # whether it is about what one agent sees: the labels of that agent belong to it
+
+    @property
+    def name(self) -> str:
+        """Its `alertname`."""
+        return dict(self.labels)["alertname"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """An objective that is looked at, in `services` (labels), for `alert`. `objectives` are the rules', by service."""
+
+    alert: str
+    slo: Slo
+    weights: Weights
+    services: frozenset[str]
+    objectives: Mapping[str, Objective]
+
+    def is_about(self, service: str, model: str) -> bool:
+        """Whether it is about a model, by its labels."""
+        return service in self.services and self.slo.model_name in (None, model)
+
+
+class _Row:
+    """One objective of one service and model."""
+
+    __slots__ = ("before", "burn", "series", "since_ns", "wanted")
+
+    def __init__(self, wanted: _Wanted, before: Events) -> None:
+        self.wanted = wanted
+        self.before = before
+        self.series: list[Series] = []
+        self.burn = FastBurn(wanted.weights)
+        self.since_ns = 0
+
+
+Key = tuple[int, str, str]  # position of the objective, service_name, model_name
+
+
+def _nobody() -> Iterable[Request]:
+    return ()
+
+
+class Alerting:
+    """Looks at the series of `slis` and at the requests `under_way`."""
+
+    def __init__(
+        self,
+        config: Config,
+        slis: Slis,
+        under_way: Callable[[], Iterable[Request]] = _nobody,
+    ) -> None:
+        self.unfollowed = 0  # objectives times models for which there was no room
+        self._slis = slis
+        self._under_way = under_way
+        self._conditions = _Conditions()
+        self._firing: Sequence[Alert] = ()
+        self.reconfigure(config)
+
+    def reconfigure(self, config: Config) -> None:
+        """Look at other objectives. What was counted before is not held against them."""
+        self._services = frozenset(safe(each.name) for each in config.services if not is_gone(each))
+        self._wanted = list(_wanted(config))
+        self._rows: dict[Key, _Row] = {}
+        self._known = 0
+        self._slis.flush(self._slis.clock())
+        self._find_rows(new=False)
+
+    @property
+    def firing(self) -> Sequence[Alert]:
+        """What the last `look` found."""
+        return self._firing
+
+    def counts(self) -> Mapping[str, int]:
+        """How many fire, by `alertname`; those that do not are 0."""
+        counted = Counter(alert.name for alert in self._firing)
+        return {name: counted[name] for name in NAMES}
+
+    def look(self, status: AgentStatus | None, seen_ns: int) -> Sequence[Alert]:
+        """Look at everything. All that happened before `seen_ns` was counted, and possibly more."""
+        self._find_rows(new=True)
+        overdue = self._overdue(seen_ns)
+        found = []
+        for key, row in self._rows.items():
+            good, events = NONE
+            for series in row.series:
+                more = events_of(row.wanted.slo, series)
+                good, events = good + more[0], events + more[1]
+            lasting = overdue[key]
+            # One that is overdue counts now, and not again when it is over.
+            now = (good, events + lasting)
+            was_burning = row.burn.is_burning
+            # Fewer than before: somebody who waited too long has left. It was counted.
+            bad = max(0, (now[1] - now[0]) - (row.before[1] - row.before[0]))
+            all_ = max(bad, now[1] - row.before[1])
+            row.before = now
+            if row.burn.take(bad, all_, lasting, seen_ns):
+                row.since_ns = row.since_ns if was_burning else seen_ns
+                found.append(self._burning(key, row))
+        found += self._conditions.look(status, self._services, seen_ns)
+        self._firing = found
+        return found
+
+    def _find_rows(self, *, new: bool) -> None:
+        """Give every series its rows. Those of a `new` one count from zero: it began after the last look."""
+        every = self._slis.all_series()
+        if len(every) == self._known:
+            return
+        self._known = len(every)
+        self.unfollowed = 0
+        followed: dict[Key, list[Series]] = {}
+        for series in every:
+            for number, wanted in enumerate(self._wanted):
+                service, model = series.labels[:2]
+                if wanted.is_about(service, model):
+                    followed.setdefault((number, service, model), []).append(series)
+        for key, several in followed.items():
+            row = self._row(key)
+            if row is None:
+                continue
+            fresh = [series for series in several if series not in row.series]
+            if not new:
+                for series in fresh:
+                    good, events = events_of(row.wanted.slo, series)
+                    row.before = row.before[0] + good, row.before[1] + events
+            row.series = several
+
+    def _row(self, key: Key) -> _Row | None:
+        row = self._rows.get(key)
+        if row is None:
+            if len(self._rows) >= MOST_ROWS:
+                self.unfollowed += 1
+                return None
+            row = self._rows[key] = _Row(self._wanted[key[0]], NONE)
+        return row
+
+    def _overdue(self, now_ns: int) -> Counter[Key]:
+        """How many requests under way are bad already, by row."""
+        found: Counter[Key] = Counter()
+        latencies = [
+            (number, wanted, round(wanted.slo.below_s * 1e9))
+            for number, wanted in enumerate(self._wanted)
+            if wanted.slo.below_s is not None and wanted.slo.sli in _LASTING
+        ]
+        if not latencies:
+            return found
+        for request in itertools.islice(self._under_way(), MOST_REQUESTS):
+            if not request.is_whole:
+                continue
+            names: tuple[str, str] | None = None
+            for number, wanted, below_ns in latencies:
+                lasts_ns = _LASTING[wanted.slo.sli](request, now_ns)
+                if lasts_ns is None or lasts_ns <= below_ns:
+                    continue
+                if names is None:
+                    names = safe(request.service), self._slis.model_label(request.service, request.model)
+                if wanted.is_about(*names) and self._row((number, *names)) is not None:
+                    found[number, *names] += 1
+        return found
+
+    def _burning(self, key: Key, row: _Row) -> Alert:
+        _, service, model = key
+        slo, burn = row.wanted.slo, row.burn
+        told = f"{model}: {burn.bad} of {burn.events} events of the last minute were not {good_event(slo)}."
+        about = {"service_name": service, "model_name": model, "severity": "critical"}
+        objective = row.wanted.objectives.get(service)
+        if objective is None:
+            summary = f"Requests to {service} fail: {', '.join(slo.reasons)}."
+            labels = _labels(row.wanted.alert, {**about, "kind": "symptom"})
+            return Alert(labels, summary, told, row.since_ns, fades=True)
+        return Alert(
+            _labels(BURN, {**objective.labels, **identity(objective), **about, "sloth_severity": "page"}),
+            f"{slo.name} of {service} burns its error budget fast.",
+            f"{told} The objective: {sentence(slo)}.",
+            row.since_ns,
+            fades=True,
+        )
+
+
+def _wanted(config: Config) -> Iterable[_Wanted]:
+    objectives: dict[str, dict[str, Objective]] = {}
+    fast = tuple(slo for slo in config.slos if slo.sli in FAST_SLIS)
+    for native in natives(msgspec.structs.replace(config, slos=fast)):
+        objectives.setdefault(native.slo.name, {})[native.objective.service] = native.objective
+    followed: set[str] = set()
+    for slo in fast:
+        of_slo = objectives.get(slo.name, {})
+        budget = 1 - Decimal(repr(slo.target))
+        able = possible(PAGE, budget)
+        if not able:
+            continue  # every event may be bad, and the budget would still not burn fast
+        weights = Weights.of(float(budget), max(float(burn.factor) for burn in able))
+        yield _Wanted(BURN, slo, weights, frozenset(of_slo), of_slo)
+        if slo.sli == SLO_ERRORS and slo.model_name is None:
+            followed.update(of_slo)
+    others = frozenset(safe(service.name) for service in config.services) - followed
+    for alert, slo in _SILENT:
+        yield _Wanted(alert, slo, Weights.of(1 - slo.target, float(PAGE[0].factor)), others, {})
+
+
+def _labels(name: str, others: Mapping[str, str]) -> Labels:
+    return tuple(sorted({"alertname": name, **others}.items()))
+
+
+def _waits_ns(request: Request, now_ns: int) -> int | None:
+    since_ns = request.awaits_first_token_since()
+    return None if since_ns is None else now_ns - since_ns
+
+
+_LASTING: Final[Mapping[str, Callable[[Request, int], int | None]]] = {
+    "ttft": _waits_ns,
+    "longest_gap": lambda request, now_ns: request.longest_gap_by(now_ns),
+    "duration": lambda request, now_ns: now_ns - request.arrived_ns,
+}
+"""How long the latency of a request under way is at the least, in ns; None where it is known, or never will be."""
+
+
+class _Conditions:
+    """What is wrong whatever the requests say: services without processes, probes that are not up or lose events."""
+
+    def __init__(self) -> None:
+        self._ran: set[str] = set()  # services that had a process
+        self._gone_ns: dict[str, int] = {}
+        self._probes: dict[str, _Probe] = {}
+
+    def look(self, status: AgentStatus | None, services: frozenset[str], now_ns: int) -> Iterable[Alert]:
+        """The alerts that fire now."""
+        if status is None:
+            return
+        self._note_gone(status, services, now_ns)
+        for service, since_ns in self._gone_ns.items():
+            if now_ns - since_ns >= LASTS_NS:
+                labels = _labels(GONE, {"service_name": service, "severity": "critical", "kind": "cause"})
+                told = f"{service} had processes, and none is followed any more."
+                yield Alert(labels, f"{service} has no process.", told, since_ns, of_agent=True)
+        self._probes = {each.name: self._probes.get(each.name) or _Probe() for each in status.probes}
+        for probe in status.probes:
+            yield from self._probes[probe.name].look(probe, status.at_ns, now_ns)
+
+    def _note_gone(self, status: AgentStatus, services: frozenset[str], now_ns: int) -> None:
+        for target in status.targets:
+            service = safe(target.service)
+            if target.processes:
+                self._ran.add(service)
+                self._gone_ns.pop(service, None)
+            elif service in self._ran and service in services:
+                self._gone_ns.setdefault(service, now_ns)
+        for service in self._ran - services:
+            self._ran.discard(service)
+            self._gone_ns.pop(service, None)
+
+
+class _Probe:
+    """One probe: since when it is not up, and what it lost lately."""
+
+    __slots__ = ("_down_ns", "_lost", "_was_up")
+
+    def __init__(self) -> None:
+        self._down_ns: int | None = None
+        self._was_up = False
+        self._lost: deque[tuple[int, int, int]] = deque()  # when, lost, all events
+
+    def look(self, probe: ProbeStatus, at_ns: int, now_ns: int) -> Iterable[Alert]:
+        """The alerts about it that fire now. `at_ns` is when its status was made."""
+        about = {"probe": safe(probe.name), "severity": "warning", "kind": "agent"}
+        since_ns = self._since(probe, now_ns)
+        if since_ns is not None:
+            told = f"{probe.reason or 'It is not attached'}. What it measures is absent."
+            summary = f"The probe {probe.name} is not attached."
+            yield Alert(_labels(PROBE_DOWN, about), summary, told, since_ns, of_agent=True)
+        losing = self._losing(probe, at_ns)
+        if losing is not None:
+            summary = f"The agent loses records of the probe {probe.name}."
+            yield Alert(_labels(LOSES, about), summary, losing, now_ns, fades=True, of_agent=True)
+
+    def _since(self, probe: ProbeStatus, now_ns: int) -> int | None:
+        if probe.up or not probe.required:
+            self._was_up = self._was_up or probe.up
+            self._down_ns = None
+            return None
+        if self._down_ns is None:
+            self._down_ns = now_ns
+        # Attaching takes its time.
+        patience_ns = LASTS_NS if self._was_up else ATTACHES_NS
+        return self._down_ns if now_ns - self._down_ns >= patience_ns else None
+
+    def _losing(self, probe: ProbeStatus, at_ns: int) -> str | None:
+        known, losses = self._lost, sum(loss.count for loss in probe.losses)
+        if known and (losses < known[-1][1] or probe.events < known[-1][2]):
+            known.clear()  # it is another one
+        if not known or known[-1][0] != at_ns:
+            known.append((at_ns, losses, probe.events))
+        while known[0][0] < at_ns - LOSS_S * 1_000_000_000:
+            known.popleft()
+        lost, of = losses - known[0][1], probe.events - known[0][2]
+        if lost < LOSS_FEWEST or lost < LOSS_SHARE * of:
+            return None
+        return f"{lost} of {of} events of the last {LOSS_S} s were lost."

@@ -1,0 +1,94 @@
+"""`footlight health`: what is normal for each service, and what is not, by a running agent."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from exporter.config import DEFAULT_PORT
+from probes.errors import FootlightError
+
+_MOST_BYTES: Final = 64 << 20
+_SHOWN_EVENTS: Final = 10
+
+
+@click.command(short_help="What is normal for each service, and what is not.")
+@click.option(
+    "--url",
+    default=f"http://127.0.0.1:{DEFAULT_PORT}",
+    show_default=True,
+    metavar="URL",
+    help="The agent (`footlight run`). Needs no root.",
+)
+@click.option(
+    "--http.config.file",
+    "http_config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="basic_auth and tls_config of an agent with --web.config.file, in promtool's form.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: services with their signals, and events.")
+@click.option("--check", is_flag=True, help="Exit with 1 when something is not normal now.")
+def health(url: str, http_config: Path | None, as_json: bool, check: bool) -> int:
+    """Show each signal of each service: its value, its median of five minutes, and how far it is above it.
+
+    Sigmas are robust standard deviations; at 3, held for some seconds, a signal is anomalous. `-` is what was not
+    measured, or of too few events; before two and a half minutes nothing is known. docs/health.md says what is watched.
+
+    \b
+    Examples:
+      footlight health
+      footlight health --url http://10.0.0.7:9466 --check && echo fine
+    """
+    from exporter.cli.asking import Url
+    from exporter.cli.http_config import Access, load
+
+    agent = Url(url if "://" in url else f"http://{url}", Access() if http_config is None else load(http_config))
+    with agent.open("/api/live") as response:
+        raw = response.read(_MOST_BYTES)
+    try:
+        told = json.loads(raw)["health"]
+        bad = any(signal["anomalous"] for service in told["services"] for signal in service["signals"])
+    except (ValueError, KeyError, TypeError) as error:
+        step = "an agent of this version: footlight run"
+        raise FootlightError(f"{agent.base} tells nothing of health", step) from error
+    if as_json:
+        click.echo(json.dumps(told, ensure_ascii=False))
+    else:
+        for line in lines(told):
+            sys.stdout.write(f"{line}\n")
+    return int(check and bad)
+
+
+def lines(told: dict[str, Any]) -> Iterator[str]:
+    """The table and the last events, for people."""
+    yield f"{'service':<20} {'signal':<16} {'now':>12} {'normal':>12} {'sigmas':>7}"
+    for service in told["services"]:
+        for signal in service["signals"]:
+            now, normal = (amount(signal[key], signal["unit"]) for key in ("value", "normal"))
+            sigmas = "-" if signal["sigmas"] is None else f"{signal['sigmas']:.1f}"
+            mark = "  not normal" if signal["anomalous"] else ""
+            yield f"{service['service']:<20} {signal['signal']:<16} {now:>12} {normal:>12} {sigmas:>7}{mark}"
+    for index, event in enumerate(told["events"][:_SHOWN_EVENTS]):
+        if not index:
+            yield ""
+        what, value = event["what"].replace("_", " "), amount(event["value"], event["unit"])
+        yield f"{event['time'][:19]}Z  {event['service']}  {event['signal']}  {what}  {value}"
+
+
+def amount(value: float | None, unit: str) -> str:
+    """A value for people; `-` is none."""
+    if value is None:
+        return "-"
+    if unit == "bytes":
+        return f"{value / 2**20:,.0f} MiB"
+    if unit == "seconds":
+        return f"{value * 1000:,.3g} ms"
+    if unit == "ratio":
+        return f"{value:.1%}"
+    return f"{value:,.3g}"

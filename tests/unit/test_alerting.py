@@ -1,0 +1,426 @@
+"""The alerts that cannot wait: when they begin, when they are over, and that the rules' alert is the same one."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from exporter.alerting import (
+    ATTACHES_NS,
+    BURN,
+    CUT_OFF,
+    FAIL,
+    GONE,
+    LASTS_NS,
+    LOSES,
+    MOST_ROWS,
+    NAMES,
+    PROBE_DOWN,
+    Alert,
+    Alerting,
+)
+from exporter.config import Config, parse
+from exporter.fast_burn import LIMIT, WINDOW_S, FastBurn, Weights
+from exporter.labels import OTHER
+from exporter.live_request import Request
+from exporter.objectives import bounds
+from exporter.request import Capture, Failure, FinishedRequest, Phase
+from exporter.slis import Series, Slis
+from exporter.slo.native import natives
+from exporter.slo.rules import groups
+from exporter.status import AgentStatus, Loss, ProbeStatus, TargetStatus
+from probes.wire.apis import Api
+from tests.unit.finished import REQUEST, later
+
+ROOT = Path(__file__).resolve().parents[2]
+MS = 1_000_000
+SECOND = 1_000_000_000
+START_NS = 1_000_003 * SECOND
+WEIGHTS = Weights.of(0.01, 14.4)
+
+FIRST_TOKEN = "{name: first-token, sli: ttft, below: 300ms, target: 99%}"
+NO_ERRORS = "{name: no-errors, sli: errors, target: 99.9%}"
+
+
+def config(*slos: str, services: str = "[{name: roleplay, match: {port: 8000}}]") -> Config:
+    return parse(f"services: {services}\nslos: [{', '.join(slos)}]\n")
+
+
+class Stage:
+    """A service, its series, and what looks at them. `look` is one tick of the reader."""
+
+    def __init__(self, *slos: str, services: str = "[{name: roleplay, match: {port: 8000}}]") -> None:
+        self.now_ns = START_NS
+        self.config = config(*slos, services=services)
+        self.slis = Slis(extra_bounds=bounds(self.config.slos), clock=lambda: self.now_ns)
+        self.under_way: list[Request] = []
+        self.status: AgentStatus | None = status()
+        self.alerting = Alerting(self.config, self.slis, lambda: self.under_way)
+
+    def series(self, model: str = "bard", service: str = "roleplay", api: str = "chat_completions") -> Series:
+        return self.slis.series(service, model, api, (), admit=True)
+
+    def first_tokens(self, ttft_ms: int, count: int, model: str = "bard") -> None:
+        for _ in range(count):
+            self.series(model).first_token(ttft_ms * MS, self.now_ns)
+
+    def finished(self, *, count: int = 1, **changes: object) -> None:
+        for _ in range(count):
+            request: FinishedRequest = replace(later(REQUEST, self.now_ns), **changes)  # type: ignore[arg-type]
+            self.series(request.model or "").finished(request)
+
+    def ask(self, model: str = "bard", *, stream: bool = True, arrived_ms_ago: int = 0) -> Request:
+        at_ns = self.now_ns - arrived_ms_ago * MS
+        request = Request(at_ns - MS, at_ns, 101, 103)
+        request.follow(Api.CHAT_COMPLETIONS, b"/v1/chat/completions", "roleplay", (), 1, self.slis)
+        request.take_body(json.dumps({"model": model, "messages": [], "stream": stream}).encode())
+        request.end_body()
+        self.under_way.append(request)
+        return request
+
+    def look(self, after_s: float = 0.25) -> dict[str, list[Alert]]:
+        self.now_ns += round(after_s * SECOND)
+        if self.status is not None:
+            self.status = replace(self.status, at_ns=self.now_ns)
+        found: dict[str, list[Alert]] = {}
+        for alert in self.alerting.look(self.status, self.now_ns):
+            found.setdefault(alert.name, []).append(alert)
+        return found
+
+
+def status(processes: int = 1, *, up: bool = True, events: int = 0, lost: int = 0) -> AgentStatus:
+    probe = ProbeStatus("requests", up, "" if up else "gone", events, None, None, (Loss("ring_full", lost),))
+    return AgentStatus(START_NS, "ring", (probe,), (TargetStatus("roleplay", processes, 1),), 0, ())
+
+
+# ---- the proof ----
+
+
+def test_three_bad_events_in_a_row_are_proof_and_two_are_not() -> None:
+    assert WEIGHTS.fewest_bad == 3
+    burn = FastBurn(WEIGHTS)
+    assert not burn.take(2, 2, 0, START_NS)
+    assert burn.take(1, 1, 0, START_NS)
+    assert (burn.bad, burn.events) == (3, 3)
+
+
+def test_good_events_between_them_ask_for_more() -> None:
+    burn = FastBurn(WEIGHTS)
+    for _ in range(3):
+        assert not burn.take(1, 11, 0, START_NS)
+    assert burn.take(2, 2, 0, START_NS)
+
+
+def test_bad_events_a_minute_apart_are_no_row() -> None:
+    burn = FastBurn(WEIGHTS)
+    for number in range(23):
+        assert not burn.take(1, 1, 0, START_NS + number * (WINDOW_S + 1) * SECOND)
+
+
+def test_it_lasts_while_the_proof_is_renewed_and_is_over_a_minute_later() -> None:
+    burn = FastBurn(WEIGHTS)
+    burn.take(0, 1009, 0, START_NS)  # they are no reason to think that it is over
+    assert burn.take(3, 3, 0, START_NS)
+    for second in range(1, 101):
+        assert burn.take(1, 7, 0, START_NS + second * SECOND)  # a seventh of them is bad
+    for second in range(101, 100 + WINDOW_S):
+        assert burn.take(0, 7, 0, START_NS + second * SECOND)
+    assert not burn.take(0, 7, 0, START_NS + (100 + WINDOW_S) * SECOND)
+    assert not burn.take(2, 2, 0, START_NS + (101 + WINDOW_S) * SECOND)  # it begins anew
+    assert burn.take(1, 1, 0, START_NS + (101 + WINDOW_S) * SECOND)
+
+
+def test_few_bad_events_are_no_proof_that_it_lasts() -> None:
+    burn = FastBurn(WEIGHTS)
+    assert burn.take(3, 3, 0, START_NS)
+    ended = [second for second in range(1, 3600) if not burn.take(second % 2, 37, 0, START_NS + second * SECOND)]
+    assert ended[0] == WINDOW_S  # 1 of 74 is more than the objective allows, and no fast burn
+
+
+def test_it_lasts_while_as_much_as_a_proof_is_not_over() -> None:
+    burn = FastBurn(WEIGHTS)
+    assert burn.take(3, 3, 3, START_NS)
+    assert burn.take(0, 0, 3, START_NS + 3600 * SECOND)
+    assert burn.take(0, 0, 2, START_NS + 3601 * SECOND)
+    assert not burn.take(0, 0, 2, START_NS + 3660 * SECOND)
+
+
+def test_where_the_objective_just_holds_false_alarms_are_further_apart_than_promised() -> None:
+    draw, burn, alarms, events = random.Random(23), FastBurn(WEIGHTS), 0, 200_003
+    for number in range(events):
+        was = burn.is_burning
+        now_ns = START_NS + number * SECOND // 20
+        alarms += burn.take(int(draw.random() < 0.01), 1, 0, now_ns) and not was
+    assert alarms * 2000 < events
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50), st.integers(0, 50), st.integers(0, 90)), max_size=50))
+def test_the_last_minute_is_counted_as_it_was(ticks: list[tuple[int, int, int, int]]) -> None:
+    burn, now_s, seen = FastBurn(WEIGHTS), 1_000_003, []
+    for bad, good, lasting, pause_s in ticks:
+        now_s += pause_s
+        seen.append((now_s, bad, bad + good))
+        burn.take(bad, bad + good, lasting, now_s * SECOND)
+        recent = [each for each in seen if each[0] > now_s - WINDOW_S]
+        assert (burn.bad, burn.events) == (sum(each[1] for each in recent), sum(each[2] for each in recent))
+
+
+@pytest.mark.parametrize("budget", ["0.001", "0.01", "0.05", "0.15"])
+def test_the_weights_are_those_of_a_likelihood_ratio(budget: str) -> None:
+    weights = Weights.of(float(budget), 6)
+    # Where the budget burns as assumed an event speaks for it on average, where the objective just holds against it.
+    for share, sign in ((float(budget) * 6, 1), (float(budget), -1)):
+        assert sign * (share * weights.bad + (1 - share) * weights.good) > 0
+    assert (weights.fewest_bad - 1) * weights.bad < LIMIT <= weights.fewest_bad * weights.bad
+
+
+# ---- objectives ----
+
+
+def test_slow_first_tokens_fire_and_good_ones_do_not() -> None:
+    stage = Stage(FIRST_TOKEN)
+    stage.first_tokens(300, 101)
+    assert stage.look() == {}
+    stage.first_tokens(301, 2)
+    assert stage.look() == {}
+    stage.first_tokens(301, 1)
+    (alert,) = stage.look()[BURN]
+    assert dict(alert.labels)["model_name"] == "bard"
+    assert alert.since_ns == stage.now_ns
+    assert alert.fades
+    assert "3 of 104 events of the last minute were not within 0.3 s" in alert.description
+    began_ns = alert.since_ns
+    (alert,) = stage.look()[BURN]
+    assert alert.since_ns == began_ns
+    assert stage.alerting.counts() == {**dict.fromkeys(NAMES, 0), BURN: 1}
+    assert stage.look(WINDOW_S) == {}
+
+
+def test_its_labels_are_those_of_the_alert_of_the_rules() -> None:
+    stage = Stage(FIRST_TOKEN)
+    stage.first_tokens(301, 3)
+    (alert,) = stage.look()[BURN]
+    rules = [rule for group in groups([each.objective for each in natives(stage.config)], "1") for rule in group.rules]
+    (page,) = [rule for rule in rules if rule.alert == BURN and rule.labels["sloth_severity"] == "page"]
+    (native,) = natives(stage.config)
+    assert native.groups == ("service_name", "model_name")
+    of_expression = {"service_name": "roleplay", "model_name": "bard"}
+    assert dict(alert.labels) == {"alertname": page.alert, **page.labels, **of_expression}
+
+
+def test_who_waits_too_long_counts_before_the_first_token_and_not_again_with_it() -> None:
+    stage = Stage(FIRST_TOKEN)
+    stage.first_tokens(20, 1)
+    waiting = [stage.ask() for _ in range(2)]
+    assert stage.look(0.299) == {}
+    assert stage.look(0.002) == {}  # two are over it now
+    stage.under_way.clear()
+    stage.first_tokens(302, len(waiting))  # they are answered
+    assert stage.look() == {}
+    stage.ask(arrived_ms_ago=400)
+    assert len(stage.look()[BURN]) == 1
+
+
+def test_an_engine_that_stopped_is_told_of_and_stays_told_of() -> None:
+    stage = Stage(FIRST_TOKEN)
+    stage.first_tokens(20, 97)
+    stage.look()
+    for _ in range(3):
+        stage.ask()
+    assert stage.look(0.25) == {}
+    assert BURN in stage.look(0.25)
+    assert BURN in stage.look(600)
+    stage.under_way.clear()  # their clients left
+    assert BURN in stage.look(WINDOW_S - 1)
+    assert stage.look(1) == {}
+
+
+def test_a_request_that_wants_no_stream_or_was_not_seen_whole_does_not_wait_for_a_first_token() -> None:
+    stage = Stage(FIRST_TOKEN)
+    for _ in range(23):
+        stage.ask(stream=False)
+        stage.ask().spoil(Capture.lost_events)
+    assert stage.look(5) == {}
+
+
+def test_whoever_waits_for_a_model_that_never_answered_is_counted_under_the_other_models() -> None:
+    stage = Stage(FIRST_TOKEN)
+    for _ in range(3):
+        stage.ask("newcomer")
+    (alert,) = stage.look(1)[BURN]
+    assert dict(alert.labels)["model_name"] == OTHER
+
+
+def test_a_request_that_lasts_too_long_counts_before_its_end() -> None:
+    stage = Stage("{name: whole-answer, sli: duration, below: 5s, target: 99%}")
+    for _ in range(3):
+        stage.ask(stream=False)
+    assert stage.look(4) == {}
+    assert BURN in stage.look(1.1)
+
+
+def test_models_and_objectives_are_told_apart_and_apis_are_not() -> None:
+    stage = Stage(FIRST_TOKEN, NO_ERRORS)
+    for api in ("chat_completions", "completions", "messages"):
+        stage.series("bard", api=api).first_token(301 * MS, stage.now_ns)
+        stage.series(f"only-{api}", api=api).first_token(301 * MS, stage.now_ns)
+    (alert,) = stage.look()[BURN]
+    assert dict(alert.labels)["model_name"] == "bard"
+    assert dict(alert.labels)["sloth_slo"] == "first-token"
+
+
+def test_errors_count_by_the_reasons_of_the_objective() -> None:
+    stage = Stage(NO_ERRORS)
+    stage.finished(count=101)
+    stage.finished(count=29, failure=Failure.client_error)
+    assert stage.look() == {}
+    stage.finished(count=3, failure=Failure.cut_off)
+    found = stage.look()
+    assert dict(found[BURN][0].labels)["sloth_slo"] == "no-errors"
+    assert CUT_OFF not in found
+
+
+def test_failures_are_told_of_where_no_objective_is_about_them() -> None:
+    stage = Stage(FIRST_TOKEN)
+    stage.finished(count=101, failure=Failure.rate_limited)
+    assert stage.look() == {}
+    stage.finished(count=3, failure=Failure.server_error)
+    assert list(stage.look()) == [FAIL]
+    stage.finished(count=3, failure=Failure.cut_off)
+    found = stage.look()
+    for name in (FAIL, CUT_OFF):
+        (alert,) = found[name]
+        labels = {"alertname": name, "service_name": "roleplay", "model_name": "bard"}
+        assert dict(alert.labels) == {**labels, "severity": "critical", "kind": "symptom"}
+
+
+def test_aborts_count() -> None:
+    stage = Stage("{name: stay, sli: aborts, target: 99%}")
+    stage.finished(count=3, aborted=Phase.waiting)
+    assert BURN in stage.look()
+
+
+def test_a_budget_that_cannot_burn_fast_and_gaps_of_one_stream_are_left_to_the_rules() -> None:
+    stage = Stage(
+        "{name: half, sli: ttft, below: 300ms, target: 50%}", "{name: gaps, sli: itl, below: 50ms, target: 99%}"
+    )
+    stage.first_tokens(301, 101)
+    for _ in range(101):
+        stage.series().gap(100 * MS)
+    assert stage.look() == {}
+
+
+def test_what_was_counted_before_a_reload_is_not_held_against_a_new_objective() -> None:
+    stage = Stage(NO_ERRORS)
+    stage.first_tokens(301, 101)
+    stage.look()
+    wanted = config(FIRST_TOKEN)
+    stage.slis.add_bounds(bounds(wanted.slos))
+    stage.alerting.reconfigure(wanted)
+    assert stage.look() == {}
+    stage.first_tokens(301, 3)
+    stage.first_tokens(301, 3, "new")
+    assert len(stage.look()[BURN]) == 2
+
+
+def test_rows_are_bounded_and_those_without_room_are_counted() -> None:
+    stage = Stage(*(f"{{name: slo-{number}, sli: ttft, below: 300ms, target: 99%}}" for number in range(7)))
+    for number in range(64):
+        stage.first_tokens(301, 3, f"model-{number}")
+    assert len(stage.look()[BURN]) <= MOST_ROWS
+    assert stage.alerting.unfollowed == 64 * 9 - MOST_ROWS  # 7 objectives, and two for failures
+
+
+# ---- services and the agent ----
+
+
+def test_a_service_whose_last_process_ended_is_down_and_up_again() -> None:
+    stage = Stage()
+    stage.look()
+    stage.status = status(0)
+    assert stage.look() == {}
+    (alert,) = stage.look(LASTS_NS / SECOND)[GONE]
+    labels = {"alertname": GONE, "service_name": "roleplay", "severity": "critical", "kind": "cause"}
+    assert dict(alert.labels) == labels
+    assert alert.of_agent
+    stage.status = status(1)
+    assert stage.look() == {}
+
+
+def test_a_service_that_never_ran_or_is_wanted_no_more_is_not_down() -> None:
+    stage = Stage()
+    stage.status = status(0)
+    stage.look()
+    assert stage.look(3600) == {}
+    stage.status = status(1)
+    stage.look()
+    stage.status = status(0)
+    stage.alerting.reconfigure(config(services="[{name: other, match: {port: 8001}}]"))
+    stage.look()
+    assert stage.look(3600) == {}
+
+
+def test_a_probe_that_is_not_up_any_more() -> None:
+    stage = Stage()
+    stage.look()
+    stage.status = status(up=False)
+    assert stage.look() == {}
+    (alert,) = stage.look(LASTS_NS / SECOND)[PROBE_DOWN]
+    assert alert.description == "gone. What it measures is absent."
+    labels = {"alertname": PROBE_DOWN, "probe": "requests", "severity": "warning", "kind": "agent"}
+    assert dict(alert.labels) == labels
+    stage.status = status()
+    assert stage.look() == {}
+
+
+def test_an_agent_that_begins_is_given_time() -> None:
+    stage = Stage()
+    stage.status = None
+    assert stage.look() == {}
+    stage.status = status(up=False)
+    assert stage.look() == {}
+    assert stage.look(LASTS_NS / SECOND) == {}
+    assert PROBE_DOWN in stage.look(ATTACHES_NS / SECOND)
+
+
+def test_a_probe_that_nobody_insists_on_may_be_down() -> None:
+    stage = Stage()
+    down = status(up=False)
+    stage.status = replace(down, probes=(replace(down.probes[0], required=False),))
+    assert stage.look() == {}
+    assert stage.look(3600) == {}
+
+
+def test_a_probe_that_loses_events_is_told_of_and_one_that_loses_few_is_not() -> None:
+    stage = Stage()
+    for second in range(1, 6):
+        stage.status = status(events=100_003 * second, lost=997 * second)  # just below 1%
+        assert stage.look(1) == {}
+    for second in range(1, 11):
+        stage.status = status(events=500_015 + 1009 * second, lost=4985 + 101 * second)
+        found = stage.look(1)
+    assert "were lost" in found[LOSES][0].description
+    assert stage.look(30) == {}
+
+
+def test_the_alerts_are_those_of_the_ready_made_rules() -> None:
+    file = yaml.safe_load((ROOT / "dashboards/rules/footlight.yaml").read_text("utf-8"))
+    rules = {rule["alert"]: rule for group in file["groups"] for rule in group["rules"] if "alert" in rule}
+    stage = Stage()
+    stage.finished(count=3, failure=Failure.server_error)
+    stage.finished(count=3, failure=Failure.cut_off)
+    stage.look()
+    stage.status = status(0, up=False, events=1009, lost=503)
+    stage.look(1)
+    found = stage.look(LASTS_NS / SECOND)
+    assert {*found, BURN} == set(NAMES)
+    for name, (alert,) in found.items():
+        labels = dict(alert.labels)
+        assert {key: labels[key] for key in ("severity", "kind")} == rules[name]["labels"]
