@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
@@ -13,56 +12,19 @@ from exporter.kv_cache import Source
 from exporter.probe_points import PointsView, PointTotal
 from exporter.reloading import is_gone
 from exporter.status import AgentStatus, ProbeStatus
-from probes import nvml_places
 from probes.engine_metrics import PERIOD_S, EngineReport, EngineSource
-from probes.gpu_report import GpuReport
+from probes.nvml import NvmlSource
 from probes.poller import Poller
 
 if TYPE_CHECKING:
     from exporter.config import Config
     from exporter.slis import Slis
     from probes.engine_metrics import Endpoint
-    from probes.nvml import NvmlSource
+    from probes.gpu_report import GpuReport
     from probes.points_table import PointsTable
-
-log = logging.getLogger("footlight")
 
 STALE_S: Final = 10.0
 """What a driver said so long ago, or five periods ago where that is longer, is not said any more."""
-
-
-class _Nvml:
-    """Asks NVML once there is its library: a host without GPUs need not hold the binding, which is 3 MB."""
-
-    def __init__(self, config: Config, clock: Callable[[], int]) -> None:
-        self._library: Final = config.gpu.library
-        self._clock: Final = clock
-        self._source: NvmlSource | None = None
-        self._problem: str | None = None
-        if config.probes.gpu == ON or self._library is not None or nvml_places.is_there():
-            self._load()
-
-    def look(self) -> GpuReport:
-        """See `NvmlSource.look`."""
-        if self._source is None and nvml_places.is_there():
-            self._load()
-        if self._source is not None:
-            return self._source.look()
-        problem, step = nvml_places.MISSING
-        if self._problem is None:
-            log.info("GPUs: %s; %s", problem, step)
-            self._problem = problem
-        return GpuReport(self._clock(), 0.0, present=False, problem=problem, next_step=step)
-
-    def close(self) -> None:
-        """Give the driver back."""
-        if self._source is not None:
-            self._source.close()
-
-    def _load(self) -> None:
-        from probes.nvml import NvmlSource  # noqa: PLC0415 - see above
-
-        self._source = NvmlSource(self._library)
 
 
 class Outside:
@@ -84,7 +46,7 @@ class Outside:
         self._clock: Final = clock
         self._gpu_wanted: Final = config.probes.gpu
         self._gpu_stale_ns: Final = round(max(STALE_S, 5 * config.gpu.period_s) * 1e9)
-        self._nvml: Final = None if config.probes.gpu == OFF else _Nvml(config, clock)
+        self._nvml: Final = None if config.probes.gpu == OFF else NvmlSource(config.gpu.library)
         self._gpus: Final[Poller[GpuReport] | None] = (
             None if self._nvml is None else Poller("gpus", self._nvml.look, config.gpu.period_s)
         )

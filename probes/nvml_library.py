@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import _ctypes
 import ctypes
+import platform
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 import pynvml  # type: ignore[import-untyped]  # it has no types
 
-from probes.nvml_places import FOLDERS, MISSING, NAME, is_file
+NAME: Final = "libnvidia-ml.so.1"
+_TRIPLE: Final = f"{platform.machine()}-linux-gnu"
+FOLDERS: Final = (
+    f"/usr/lib/{_TRIPLE}",
+    "/usr/lib64",
+    "/usr/local/nvidia/lib64",
+    "/home/kubernetes/bin/nvidia/lib64",
+    f"/run/nvidia/driver/usr/lib/{_TRIPLE}",
+    "/run/nvidia/driver/usr/lib64",
+    "/usr/local/cuda/lib64",
+    "/usr/lib/wsl/lib",
+    "/usr/lib",
+)
+"""Where drivers and those who mount them into containers put the library. The loader is asked after them."""
 
 # What the library says when there is no driver that it talks to, so that nothing of it can be running.
 _NOT_CONNECTED: Final = frozenset(
@@ -39,7 +54,7 @@ def load(configured: str | None, folders: Sequence[str] = FOLDERS, ask_loader: b
     """
     if configured is not None:
         return _load_first([configured], configured)
-    found = [path for path in (f"{folder}/{NAME}" for folder in folders) if is_file(path)]
+    found = [path for path in (f"{folder}/{NAME}" for folder in folders) if _is_file(path)]
     return _load_first([*found, NAME] if ask_loader else found, None)
 
 
@@ -69,7 +84,7 @@ def _load_first(paths: Sequence[str], configured: str | None) -> str:
     broken = ""
     for named in paths:
         path = named
-        if "/" in path and not is_file(path):
+        if "/" in path and not _is_file(path):
             broken = f"{path} is not a file"
             continue
         if "/" in path:
@@ -84,7 +99,20 @@ def _load_first(paths: Sequence[str], configured: str | None) -> str:
         return path
     if configured is not None:
         broken = broken or f"{configured} cannot be loaded"
-        raise LibraryProblem(broken, f"set gpu: library to the path of {NAME}", present=is_file(configured))
+        raise LibraryProblem(broken, f"set gpu: library to the path of {NAME}", present=_is_file(configured))
     if broken:
         raise LibraryProblem(broken, f"set gpu: library to the path of {NAME} for this machine", present=True)
-    raise LibraryProblem(*MISSING, present=False)
+    raise LibraryProblem(
+        f"there is no {NAME}: no NVIDIA driver is installed, or the container does not see it",
+        "install the driver; in a container, set NVIDIA_DRIVER_CAPABILITIES=utility or gpu: library; "
+        "without NVIDIA GPUs, set probes: {gpu: off}",
+        present=False,
+    )
+
+
+def _is_file(path: str) -> bool:
+    """Whether it can be opened without waiting: opening a FIFO hangs."""
+    try:
+        return stat.S_ISREG(Path(path).stat().st_mode)
+    except (OSError, ValueError):
+        return False

@@ -163,24 +163,6 @@ def test_a_driver_that_hangs_is_named_with_how_long() -> None:
     assert (state.up, state.reason) == (False, "the driver has not answered for 59 s")
 
 
-def test_the_binding_is_held_only_where_there_is_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = False
-    monkeypatch.setattr("exporter.outside.nvml_places.is_there", lambda: there)
-    it = told()
-    report = it.gpus.ask()
-    assert isinstance(report, GpuReport)
-    assert (report.present, report.gpus) == (False, ())
-    assert "libnvidia-ml.so.1" in (report.problem or "")
-    assert report.next_step
-    assert it.outside._nvml is not None
-    assert it.outside._nvml._source is None
-    there = True  # a driver was installed
-    looked: list[str | None] = []
-    monkeypatch.setattr("probes.nvml.NvmlSource.look", lambda _: looked.append("asked") or REPORT)
-    assert it.gpus.ask() is REPORT
-    assert looked == ["asked"]
-
-
 # ---- engines ----
 
 
