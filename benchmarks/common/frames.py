@@ -7,6 +7,8 @@ from typing import Final
 
 DONE: Final = b"data: [DONE]\n\n"
 PING: Final = b": ping\n\n"
+NOT_FOUND: Final = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n"
+"""The answer to all but a POST: the agent asks a service that it sees for an engine's metrics; here there are none."""
 
 
 def frame(model: str, delta: dict[str, str], **more: object) -> bytes:

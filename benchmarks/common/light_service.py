@@ -24,7 +24,6 @@ _HEAD: Final = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
     b"transfer-encoding: chunked\r\n\r\n"
 )
-_NOT_FOUND: Final = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n"
 _LENGTH: Final = b"content-length: "
 
 
@@ -96,7 +95,7 @@ class Service:
         head, separator, body = stream.received.partition(b"\r\n\r\n")
         if separator and not head.startswith(b"POST "):
             stream.received = b""
-            stream.socket.send(_NOT_FOUND)  # the agent asks for an engine's metrics: there are none
+            stream.socket.send(frames.NOT_FOUND)
             return
         if not separator or len(body) < int(head.partition(_LENGTH)[2].split(b"\r\n")[0]):
             return

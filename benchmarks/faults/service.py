@@ -208,7 +208,7 @@ class Service:
 
 
 async def received_request(loop: asyncio.AbstractEventLoop, connected: socket.socket) -> Ask | None:
-    """Receive a request; None when the client closes before it is complete."""
+    """Receive a request; None when the client closes before it is complete. All but a POST is answered here."""
     received = b""
     while True:
         data = await loop.sock_recv(connected, 1 << 16)
@@ -216,7 +216,10 @@ async def received_request(loop: asyncio.AbstractEventLoop, connected: socket.so
             return None
         received += data
         head, separator, body = received.partition(b"\r\n\r\n")
-        if separator and len(body) >= int(head.partition(_LENGTH)[2].split(b"\r\n")[0]):
+        if separator and not head.startswith(b"POST "):
+            received = b""
+            await loop.sock_sendall(connected, frames.NOT_FOUND)
+        elif separator and len(body) >= int(head.partition(_LENGTH)[2].split(b"\r\n")[0]):
             return msgspec.json.decode(body, type=Ask)
 
 
