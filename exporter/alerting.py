@@ -137,13 +137,23 @@ class Alerting:
         self._under_way = under_way
         self._conditions = _Conditions()
         self._firing: Sequence[Alert] = ()
+        self._wanted: list[_Wanted] = []
+        self._rows: dict[Key, _Row] = {}
+        self._known = 0
         self.reconfigure(config)
 
     def reconfigure(self, config: Config) -> None:
-        """Look at other objectives. What was counted before is not held against them."""
+        """Look at other objectives. What was counted before is not held against them; the same ones go on."""
+        self._find_rows(new=True)
         self._services = frozenset(safe(each.name) for each in config.services if not is_gone(each))
         self._wanted = list(_wanted(config))
-        self._rows: dict[Key, _Row] = {}
+        places = {(wanted.alert, wanted.slo): number for number, wanted in enumerate(self._wanted)}
+        before, self._rows = self._rows, {}
+        for (_, service, model), row in before.items():
+            number = places.get((row.wanted.alert, row.wanted.slo))
+            if number is not None and self._wanted[number].is_about(service, model):
+                row.wanted = self._wanted[number]
+                self._rows[number, service, model] = row
         self._known = 0
         self._slis.flush(self._slis.clock())
         self._find_rows(new=False)

@@ -608,9 +608,8 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
-    def rebuild(self, objectives: SloStatus | None = None) -> None:
-        """Make the families anew: the SLIs have other bounds, or there are other objectives."""
-        self._objectives = objectives or self._objectives
+    def rebuild(self) -> None:
+        """Make the families anew: the SLIs have other bounds."""
         self._families = [
             *_llm_families(self._slis),
             *slo_families(self._objectives),

@@ -17,6 +17,7 @@ from exporter.slo.words import good_event
 if TYPE_CHECKING:
     from exporter.config import Slo
     from exporter.slis import Series, Sli, Slis
+    from exporter.slo.events import Events
 
 EVERY_NS: Final = 10_000_000_000
 SNAPSHOTS: Final = 31
@@ -56,9 +57,19 @@ class Objectives:
     def __init__(self, slos: Sequence[Slo], slis: Slis) -> None:
         self._slos = [slo for slo in slos if is_counted(slo)]
         self._slis = slis
-        self._history: dict[tuple[str, Series], deque[tuple[int, int]]] = {}
-        self._missed: set[tuple[str, Series]] = set()
+        self._history: dict[tuple[Slo, Series], deque[Events]] = {}
+        self._missed: set[tuple[Slo, Series]] = set()
         self._next_ns = 0
+
+    def reconfigure(self, slos: Sequence[Slo]) -> None:
+        """Watch other objectives. What was counted before one of them was there is not held against it."""
+        before, self._slos = self._slos, [slo for slo in slos if is_counted(slo)]
+        self._history = {key: kept for key, kept in self._history.items() if key[0] in self._slos}
+        self._missed = {key for key in self._missed if key[0] in self._slos}
+        self._slis.flush(self._slis.clock())
+        for slo in self._slos:
+            for series in self._slis.all_series() if slo not in before else ():
+                self._history[slo, series] = deque([events_of(slo, series)], SNAPSHOTS)
 
     def threshold(self, series: Series, sli: Sli) -> float | None:
         """The strictest threshold of a latency in this series, in seconds; None without an objective."""
@@ -83,7 +94,7 @@ class Objectives:
         return crossings
 
     def _look(self, slo: Slo, series: Series) -> list[Crossing]:
-        key = (slo.name, series)
+        key = (slo, series)
         history = self._history.setdefault(key, deque([(0, 0)], SNAPSHOTS))
         now = events_of(slo, series)
         good, total = now[0] - history[0][0], now[1] - history[0][1]

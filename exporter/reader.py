@@ -399,13 +399,12 @@ class Reader:
             self.config, services=new.services, slos=new.slos, alertmanagers=new.alertmanagers
         )
         self.slis.add_bounds(bounds(config.slos))
-        self._objectives = Objectives(config.slos, self.slis)
-        if config.slos != self._standing.slos:
-            self._standing = SloStatus(config.slos, self.slis)
+        self._objectives.reconfigure(config.slos)
+        self._standing.reconfigure(config.slos)
         self._conversations.reconfigure(config.services)
         self._fast_path.reconfigure(config)
         self._services[:] = _by_place(config, len(self._services))
-        self.metrics.rebuild(self._standing)
+        self.metrics.rebuild()
 
     async def _reload(self) -> str | None:
         """Have the configuration read again; returns why the old one stays, None where it does not."""

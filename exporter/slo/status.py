@@ -41,10 +41,10 @@ MOST_ROWS: Final = 1024
 class Standing:
     """How an objective stands for one service and model.
 
-    `events`, `good` and `bad` are counts since the agent began. `burn_rates` are by window in seconds; one is None
-    where the agent has not run for so long, or there was no event. `budget_left` is a share of the error budget of the
-    events in the objective's window that the agent has seen, negative where there were too many bad ones; None without
-    events. `covered_s` is how much of the objective's window that is.
+    `events`, `good` and `bad` are counts since the agent has the objective. `burn_rates` are by window in seconds; one
+    is None where it has not had it for so long, or there was no event. `budget_left` is a share of the error budget of
+    the events in the objective's window that the agent has seen, negative where there were too many bad ones; None
+    without events. `covered_s` is how much of the objective's window that is.
     """
 
     slo: Slo
@@ -84,12 +84,16 @@ class _Marks:
 
 
 class _Row:
-    """One objective of one service and model: its counters, and what they were at each mark (bad, all)."""
+    """One objective of one service and model: its counters, and what they were at each mark (bad, all).
 
-    __slots__ = ("bad", "events", "good", "long", "short", "slo")
+    `before` was counted before the agent had the objective, and is not held against it.
+    """
 
-    def __init__(self, slo: Slo, short: int, long: int) -> None:
+    __slots__ = ("bad", "before", "events", "good", "long", "short", "slo")
+
+    def __init__(self, slo: Slo, short: int, long: int, before: Events) -> None:
         self.slo = slo
+        self.before = before
         self.events = 0
         self.good = 0
         self.bad = 0
@@ -99,7 +103,7 @@ class _Row:
 
     def take(self, events: Events) -> None:
         """Set the counters. They do not go back, even where an engine tells of hits later than of the look-ups."""
-        good, total = events
+        good, total = events[0] - self.before[0], events[1] - self.before[1]
         self.events = max(self.events, total)
         self.good = max(self.good, good)
         self.bad = max(self.bad, total - good)
@@ -119,15 +123,36 @@ class SloStatus:
     """Follows the objectives `slos` in `slis`. `clock` is the one of `slis`, CLOCK_MONOTONIC in nanoseconds."""
 
     def __init__(self, slos: Sequence[Slo], slis: Slis, clock: Callable[[], int] | None = None) -> None:
-        self.slos = tuple(slos)
+        self.slos: tuple[Slo, ...] = ()
         self.unfollowed = 0  # objectives times models for which there was no room
         self._slis = slis
-        self._began_ns = (clock or slis.clock)()
+        self._clock = clock or slis.clock
+        self._began_ns: dict[Slo, int] = {}
         self._rows: dict[Key, _Row] = {}
         self._short = _Marks(MINUTE_NS, BURN_WINDOWS_S[-1] * 10**9 // MINUTE_NS + 2)
-        self._long = {slo.window_s: _Marks(slo.window_s * 10**9 // STEPS, STEPS + 2) for slo in self.slos}
+        self._long: dict[int, _Marks] = {}
         self._told: tuple[int, Sequence[Standing]] | None = None
-        self.tick(self._began_ns)
+        self.reconfigure(slos)
+
+    def reconfigure(self, slos: Sequence[Slo]) -> None:
+        """Go on with other objectives. One that is as it was keeps its counters; another begins now, at zero."""
+        now_ns = self._clock()
+        self.tick(now_ns)
+        places = {slo: number for number, slo in enumerate(slos)}
+        self._rows = {
+            (places[row.slo], service, model): row
+            for (_, service, model), row in self._rows.items()
+            if row.slo in places
+        }
+        self._began_ns = {slo: self._began_ns.get(slo, now_ns) for slo in slos}
+        self._long = {
+            slo.window_s: self._long.get(slo.window_s) or _Marks(slo.window_s * 10**9 // STEPS, STEPS + 2)
+            for slo in slos
+        }
+        self.slos = tuple(slos)
+        self._told = None
+        self._count(now_ns, are_new=True)
+        self.tick(now_ns)
 
     def tick(self, now_ns: int) -> None:
         """Write the counters down when a minute is over; call it at least that often."""
@@ -159,9 +184,12 @@ class SloStatus:
         return (now_ns - since_ns) / 1e9
 
     def _since(self, slo: Slo, now_ns: int) -> tuple[int | None, int]:
-        return self._long[slo.window_s].last(now_ns - slo.window_s * 10**9) or (None, self._began_ns)
+        began_ns = self._began_ns[slo]
+        place, since_ns = self._long[slo.window_s].last(now_ns - slo.window_s * 10**9) or (None, began_ns)
+        return place, max(since_ns, began_ns)
 
-    def _count(self, now_ns: int) -> None:
+    def _count(self, now_ns: int, *, are_new: bool = False) -> None:
+        """Count the events. With `are_new`, those of a row that is not there yet came before its objective."""
         self._slis.flush(now_ns)
         self.unfollowed = 0
         for key, events in self._events().items():
@@ -171,7 +199,8 @@ class SloStatus:
                     self.unfollowed += 1
                     continue
                 slo = self.slos[key[0]]
-                row = self._rows[key] = _Row(slo, self._short.size, self._long[slo.window_s].size)
+                before = events if are_new else NONE
+                row = self._rows[key] = _Row(slo, self._short.size, self._long[slo.window_s].size, before)
             row.take(events)
 
     def _events(self) -> dict[Key, Events]:
@@ -201,7 +230,8 @@ class SloStatus:
         allowed = 1 - row.slo.target
         burn_rates = []
         for window_s in BURN_WINDOWS_S:
-            mark = self._short.last(now_ns - window_s * 10**9)
+            from_ns = now_ns - window_s * 10**9
+            mark = self._short.last(from_ns) if from_ns >= self._began_ns[row.slo] else None
             share = None if mark is None else row.share(row.short, mark[0])
             burn_rates.append((window_s, None if share is None else share / allowed))
         place, since_ns = self._since(row.slo, now_ns)

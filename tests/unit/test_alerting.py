@@ -330,6 +330,19 @@ def test_what_was_counted_before_a_reload_is_not_held_against_a_new_objective() 
     assert len(stage.look()[BURN]) == 2
 
 
+def test_what_burns_goes_on_when_something_else_is_reloaded() -> None:
+    stage = Stage(FIRST_TOKEN)
+    stage.first_tokens(301, 3)
+    (alert,) = stage.look()[BURN]
+    stage.first_tokens(301, 1)
+    stage.alerting.reconfigure(config(NO_ERRORS, FIRST_TOKEN))
+    (after,) = stage.look()[BURN]
+    assert (after.since_ns, after.labels) == (alert.since_ns, alert.labels)
+    assert "4 of 4 events" in after.description
+    stage.alerting.reconfigure(config(NO_ERRORS))
+    assert stage.look() == {}
+
+
 def test_rows_are_bounded_and_those_without_room_are_counted() -> None:
     stage = Stage(*(f"{{name: slo-{number}, sli: ttft, below: 300ms, target: 99%}}" for number in range(7)))
     for number in range(64):

@@ -156,3 +156,17 @@ def test_without_objectives_nothing_is_looked_at() -> None:
     world.observe(100, 999)
     assert world.look() == []
     assert world.objectives.threshold(world.series(), Sli.TTFT) is None
+
+
+def test_other_objectives_leave_one_that_stays_alone_and_begin_with_what_comes() -> None:
+    strict = Slo("strict", "ttft", 0.123, 0.99)
+    world = World(SLO)
+    world.observe(20, 999)
+    assert len(world.look()) == 1
+    world.objectives.reconfigure((strict, SLO))
+    world.observe(FEWEST - 1, 999)
+    assert world.look() == []  # of one it was told before, of the other there are too few
+    world.observe(1, 999)
+    (crossing,) = world.look()
+    assert crossing.slo == strict
+    assert world.objectives.threshold(world.series(), Sli.TTFT) == 0.123

@@ -260,6 +260,45 @@ def test_a_clock_that_stood_still_for_hours_loses_nothing() -> None:
     assert world.burn(21600) == pytest.approx(7.5)
 
 
+def test_other_objectives_leave_one_that_stays_alone_and_begin_at_zero() -> None:
+    slow = Slo("slow", "ttft", 1, 0.9)
+    world = World(Slo("gone", "ttft", 1, 0.9), TTFT)
+    world.minutes(6)
+    world.first_tokens(17, 6)
+    world.minutes(1)
+    before = world.standing()
+    world.slis.add_bounds(bounds((slow,)))
+    world.status.reconfigure((TTFT, slow))
+    assert world.standing() == before
+    assert counted(world, "slow") == (0, 0, 0)  # 1 s was no bound before: nobody knows which of them were good
+    assert world.standing("slow").budget_left is None
+    assert [each.slo.name for each in world.status.standings(world.now_ns)] == ["fast", "slow"]
+    world.first_tokens(0, 5)
+    assert counted(world) == (17, 11, 28)
+    assert counted(world, "slow") == (5, 0, 5)
+    world.minutes(4)
+    assert dict(world.standing("slow").burn_rates)[300] is None
+    assert world.standing("slow").covered_s == pytest.approx(240)
+    world.minutes(1)
+    assert dict(world.standing("slow").burn_rates)[300] == 0
+    assert world.burn(300) == pytest.approx(10)
+    assert world.standing().covered_s == pytest.approx(720)
+
+
+def test_an_objective_that_comes_back_or_became_another_begins_again() -> None:
+    world = World(TTFT)
+    world.first_tokens(17, 6)
+    world.status.reconfigure(())
+    world.minutes(10)
+    assert world.status.standings(world.now_ns) == []
+    world.status.reconfigure((TTFT,))
+    world.first_tokens(1, 2)
+    assert counted(world) == (1, 2, 3)
+    assert world.burn(300) is None
+    world.status.reconfigure((replace_slo(TTFT, target=0.99),))
+    assert counted(world) == (0, 0, 0)
+
+
 def test_there_is_a_most_of_what_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_ROWS", 5)
     world = World(TTFT, Slo("slow", "ttft", 1, 0.9))
