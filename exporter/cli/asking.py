@@ -23,6 +23,7 @@ from click.core import ParameterSource
 from exporter.cli import usage_error
 from exporter.cli.http_config import Access, load
 from exporter.cli.options import agent_options
+from exporter.config import DEFAULT_PORT
 from probes.errors import FootlightError
 
 TIMEOUT_S: Final = 30.0
@@ -102,29 +103,53 @@ def agent_or_url(*, level: int, reads: bool = False) -> Callable[[Callable[..., 
             own = {name: value for name, value in options.items() if name not in names}
             if url is None:
                 return command(read, **own)
-            return command(Url(_checked(url), Access() if http_config is None else load(http_config)), **own)
+            return command(_agent(url, http_config), **own)
 
+        made: Callable[..., int] = wrapped
         if reads:
-            wrapped = click.option(
+            made = click.option(
                 "--read",
                 type=click.Path(path_type=Path, exists=True, dir_okay=False, allow_dash=True),
                 metavar="FILE",
                 help="Show what --json printed before; - is stdin. Needs no root.",
-            )(wrapped)
-        wrapped = click.option(
-            "--http.config.file",
-            "http_config",
-            type=click.Path(path_type=Path),
-            metavar="FILE",
-            help="With --url: basic_auth and tls_config of an agent with --web.config.file, in promtool's form.",
-        )(wrapped)
+            )(made)
         return click.option(
             "--url",
             metavar="URL",
             help="Ask the agent that runs there (`footlight run`), such as http://127.0.0.1:9466. Needs no root.",
-        )(wrapped)
+        )(_http_config_option("With --url: ")(made))
 
     return decorate
+
+
+def running_agent(command: Callable[..., int]) -> Callable[..., int]:
+    """Decorate a command that only a running agent can answer: it is called with its `Url` and its own options."""
+
+    @functools.wraps(command)
+    def wrapped(url: str, http_config: Path | None, **own: Any) -> int:  # noqa: ANN401 - its own options
+        return command(_agent(url, http_config), **own)
+
+    return click.option(
+        "--url",
+        default=f"http://127.0.0.1:{DEFAULT_PORT}",
+        show_default=True,
+        metavar="URL",
+        help="The agent (`footlight run`). Needs no root.",
+    )(_http_config_option("")(wrapped))
+
+
+def _http_config_option(when: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    return click.option(
+        "--http.config.file",
+        "http_config",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help=f"{when}basic_auth and tls_config of an agent with --web.config.file, in promtool's form.",
+    )
+
+
+def _agent(url: str, http_config: Path | None) -> Url:
+    return Url(_checked(url), Access() if http_config is None else load(http_config))
 
 
 def _checked(url: str) -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Final
 
 import click
 
-from exporter.config import DEFAULT_PORT
+from exporter.cli.asking import Url, running_agent
 from probes.errors import FootlightError
 
 _MOST_BYTES: Final = 64 << 20
@@ -18,23 +17,10 @@ _SHOWN_EVENTS: Final = 10
 
 
 @click.command(short_help="What is normal for each service, and what is not.")
-@click.option(
-    "--url",
-    default=f"http://127.0.0.1:{DEFAULT_PORT}",
-    show_default=True,
-    metavar="URL",
-    help="The agent (`footlight run`). Needs no root.",
-)
-@click.option(
-    "--http.config.file",
-    "http_config",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="basic_auth and tls_config of an agent with --web.config.file, in promtool's form.",
-)
+@running_agent
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: services with their signals, and events.")
 @click.option("--check", is_flag=True, help="Exit with 1 when something is not normal now.")
-def health(url: str, http_config: Path | None, as_json: bool, check: bool) -> int:
+def health(agent: Url, as_json: bool, check: bool) -> int:
     """Show each signal of each service: its value, its median of five minutes, and how far it is above it.
 
     Sigmas are robust standard deviations; at 3, held for some seconds, a signal is anomalous. `-` is what was not
@@ -45,10 +31,6 @@ def health(url: str, http_config: Path | None, as_json: bool, check: bool) -> in
       footlight health
       footlight health --url http://10.0.0.7:9466 --check && echo fine
     """
-    from exporter.cli.asking import Url
-    from exporter.cli.http_config import Access, load
-
-    agent = Url(url if "://" in url else f"http://{url}", Access() if http_config is None else load(http_config))
     with agent.open("/api/live") as response:
         raw = response.read(_MOST_BYTES)
     try:

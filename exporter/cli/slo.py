@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from exporter.cli import usage_error, version
-from exporter.config import DEFAULT_PORT
+from exporter.cli.asking import Url, running_agent
 from probes.errors import ConfigError, FootlightError
 
 if TYPE_CHECKING:
@@ -172,23 +172,10 @@ def _write(path: Path, text: str) -> None:
 
 
 @slo.command(short_help="How the objectives stand, by a running agent.")
-@click.option(
-    "--url",
-    default=f"http://127.0.0.1:{DEFAULT_PORT}",
-    show_default=True,
-    metavar="URL",
-    help="The agent (`footlight run`). Needs no root.",
-)
-@click.option(
-    "--http.config.file",
-    "http_config",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="basic_auth and tls_config of an agent with --web.config.file, in promtool's form.",
-)
+@running_agent
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per objective and model, one a line.")
 @click.option("--check", is_flag=True, help="Exit with 1 when an error budget is used up or burns fast.")
-def status(url: str, http_config: Path | None, as_json: bool, check: bool) -> int:
+def status(agent: Url, as_json: bool, check: bool) -> int:
     """Show each objective by service and model: events, burn rates, and what is left of the error budget.
 
     It is what one agent has counted since it started; for the whole period and all nodes ask Prometheus for what
@@ -201,11 +188,8 @@ def status(url: str, http_config: Path | None, as_json: bool, check: bool) -> in
       footlight slo status
       footlight slo status --url http://10.0.0.7:9466 --check && echo fine
     """
-    from exporter.cli.asking import Url
-    from exporter.cli.http_config import Access, load
     from exporter.slo.standing import read, show
 
-    agent = Url(url if "://" in url else f"http://{url}", Access() if http_config is None else load(http_config))
     with agent.open("/metrics") as response:
         told = read(response.read(_MOST_BYTES).decode("utf-8", "replace"))
     if as_json:

@@ -3,6 +3,7 @@
 
 const LIVE_MS = 2000;
 const HISTORY_MS = 4000;
+const EVENTS = 10;
 const CAUSES = ["on_cpu", "run_queue", "cpu_quota", "lock", "disk", "memory", "network", "upstream", "gpu", "sleep", "stopped", "unexplained"];
 const $ = (id) => document.getElementById(id);
 
@@ -242,7 +243,7 @@ function drawSlow() {
   }));
 }
 
-// ---- objectives, GPUs, engines, the agent ----
+// ---- objectives, health, GPUs, engines, the agent ----
 
 function drawObjectives() {
   const rows = latest.objectives;
@@ -257,6 +258,31 @@ function drawObjectives() {
       make("td", { text: known(row.burn_rate_5m) ? number(row.burn_rate_5m, 2) : "–", class: grade(row.burn_rate_5m, 1, 14.4) }),
       make("td", { text: known(row.burn_rate_1h) ? number(row.burn_rate_1h, 2) : "–", class: grade(row.burn_rate_1h, 1, 14.4) }),
       make("td", { text: percent(row.budget_remaining), class: known(row.budget_remaining) && row.budget_remaining < 0 ? "bad" : null })))));
+}
+
+const AMOUNT = { bytes, seconds: time, ratio: percent };
+const HAPPENED = { began: "not normal", ended: "normal again", new_normal: "taken for normal now", descriptor_leak: "leaks descriptors" };
+const words = (name) => name.replaceAll("_", " ");
+const amount = (value, unit) => (AMOUNT[unit] ?? number)(value);
+
+function drawHealth() {
+  const { services, events, sigmas } = latest.health ?? { services: [], events: [] };
+  $("health-section").hidden = !services.length;
+  const signals = services.flatMap((service) => service.signals);
+  const bad = signals.filter((signal) => signal.anomalous).length;
+  $("health-says").textContent = bad ? `${bad} not normal: ${sigmas} deviations or more above the median of the last five minutes`
+    : signals.some((signal) => known(signal.normal)) ? "as usual, compared with the last five minutes" : "what is normal is being learnt; it takes two and a half minutes";
+  $("health-says").className = bad ? "bad" : "dim";
+  $("health").replaceChildren(...services.map(({ service, signals }) => tile(service, signals.map(({ signal, unit, value, normal, anomalous }) => [
+    words(signal), known(value) ? `${amount(value, unit)}${known(normal) ? `, usually ${amount(normal, unit)}` : ""}` : null, anomalous ? "bad" : null]))));
+  $("events-card").hidden = !events.length;
+  $("events").replaceChildren(
+    make("thead", {}, make("tr", {}, ...["at", "service", "signal", "what", "value", "usually"].map((text) => make("th", { text, scope: "col" })))),
+    make("tbody", {}, ...events.slice(0, EVENTS).map(({ time: at, service, signal, what, value, normal, unit, leak }) => make("tr", {},
+      make("td", { text: new Date(at).toTimeString().slice(0, 8) }), make("td", { text: service }), make("td", { text: words(signal) }),
+      make("td", {}, make("span", { class: ["began", "descriptor_leak"].includes(what) ? "bad" : null, text: HAPPENED[what] ?? words(what) }), leak ? make("div", { class: "dim leak",
+        text: `${number(leak.per_second, 0)} a second in process ${leak.tgid}; most are ${leak.targets.slice(0, 3).map((target) => `${target.count} ${target.kind} ${target.name}`.trim()).join(", ")}` }) : null),
+      make("td", { text: amount(value, unit) }), make("td", { text: amount(normal, unit) })))));
 }
 
 function tile(title, entries) {
@@ -301,7 +327,7 @@ function drawAgent() {
 function draw() {
   if (latest) {
     if (chosen && latest.models.length && !latest.models.some((row) => keyOf(row) === chosen)) chosen = "";
-    for (const part of [drawModels, drawCauses, drawSlow, drawObjectives, drawGpus, drawEngines, drawAgent]) part();
+    for (const part of [drawModels, drawCauses, drawSlow, drawObjectives, drawHealth, drawGpus, drawEngines, drawAgent]) part();
   }
   if (history_) drawHistory();
 }
