@@ -1,7 +1,8 @@
-"""Finds functions in an ELF file that strangers wrote.
+"""Finds functions and USDT probes in an ELF file that strangers wrote.
 
-Only what a uprobe needs: where in the file a function's first instruction is. Everything in the file is a claim: sizes
-are bounded, offsets are checked, and the file may shrink while it is read, so it is never mapped.
+Only what a uprobe needs: where in the file a function's first instruction is, and which probes there are. Everything in
+the file is a claim: sizes are bounded, offsets are checked, and the file may shrink while it is read, so it is never
+mapped.
 """
 
 from __future__ import annotations
@@ -28,9 +29,16 @@ _PT_LOAD: Final = 1
 _PF_X: Final = 1
 _SHT_SYMTAB: Final = 2
 _SHT_DYNAMIC: Final = 6
+_SHT_NOTE: Final = 7
 _SHT_DYNSYM: Final = 11
 _DT_SONAME: Final = 14
 _STT_FUNC: Final = 2
+_NOTE: Final = struct.Struct("=III")
+_USDT_NOTE: Final = 3
+_USDT_OWNER: Final = b"stapsdt\0"
+_USDT_ADDRESSES: Final = 24  # of the probe, of what prelink moved, of the semaphore
+_NOTES: Final = 10_000
+_NOTE_SECTIONS: Final = 16
 
 
 class ElfError(Exception):
@@ -63,6 +71,47 @@ def find_functions(fd: int, names: Iterable[str]) -> Functions:
 
     `fd` is a regular file, open for reading. Raises ElfError, or OSError from reading.
     """
+    sections, code = _tables(fd)
+    wanted = set(names)
+    offsets: dict[str, int] = {}
+    for kind in (_SHT_DYNSYM, _SHT_SYMTAB):
+        # there is one of each: a file that claims thousands is not read thousands of times
+        section = next((each for each in sections if each.kind == kind), None)
+        if section is not None and wanted - offsets.keys():
+            symbols, strings = _table(fd, section), _strings(fd, sections, section)
+            for name in sorted(wanted - offsets.keys()):
+                offset = _find(symbols, strings, name.encode(), code)
+                if offset is not None:
+                    offsets[name] = offset
+    return Functions(_soname(fd, sections), offsets)
+
+
+def find_usdt_probes(fd: int) -> frozenset[str]:
+    """Return the USDT probes of a file, each as `provider:name`. Raises as `find_functions` does."""
+    found = set()
+    notes = [section for section in _tables(fd)[0] if section.kind == _SHT_NOTE]
+    for section in notes[:_NOTE_SECTIONS]:
+        for description in _usdt_notes(_table(fd, section)):
+            provider, name, *_ = (*description[_USDT_ADDRESSES:].split(b"\0", 2), b"", b"")
+            found.add(f"{os.fsdecode(provider)}:{os.fsdecode(name)}")
+    return frozenset(found)
+
+
+def _usdt_notes(notes: bytes) -> Iterator[bytes]:
+    at = 0
+    for _ in range(_NOTES):
+        if at + _NOTE.size > len(notes):
+            return
+        owner_size, size, kind = _NOTE.unpack_from(notes, at)
+        owner_at = at + _NOTE.size
+        at = owner_at + -(-owner_size // 4) * 4
+        if kind == _USDT_NOTE and notes[owner_at : owner_at + owner_size] == _USDT_OWNER:
+            yield notes[at : at + size]
+        at += -(-size // 4) * 4
+
+
+def _tables(fd: int) -> tuple[list[_Section], list[_Segment]]:
+    """The sections, and the segments with code."""
     identity, kind, _, _, _, segments_at, sections_at, _, _, segment_size, segment_count, section_size, count, _ = (
         _HEADER.unpack(_read(fd, 0, _HEADER.size))
     )
@@ -86,16 +135,7 @@ def find_functions(fd: int, names: Iterable[str]) -> Functions:
         _Section(type_, offset, size, link)
         for _, type_, _, _, offset, size, link, _, _, _ in _SECTION.iter_unpack(raw)
     ]
-    wanted = set(names)
-    offsets: dict[str, int] = {}
-    for section in sections:
-        if section.kind in (_SHT_DYNSYM, _SHT_SYMTAB) and wanted - offsets.keys():
-            symbols, strings = _table(fd, section), _strings(fd, sections, section)
-            for name in sorted(wanted - offsets.keys()):
-                offset = _find(symbols, strings, name.encode(), code)
-                if offset is not None:
-                    offsets[name] = offset
-    return Functions(_soname(fd, sections), offsets)
+    return sections, code
 
 
 def _find(symbols: bytes, strings: bytes, name: bytes, code: list[_Segment]) -> int | None:

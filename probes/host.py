@@ -159,11 +159,8 @@ def _privileges(held: Privileges, paranoid: int | None) -> Check:
     if has("sys_admin"):
         return Check("privileges", True, True, detail)
     if has("bpf") and has("perfmon"):
-        # Debian's value 3 asks CAP_SYS_ADMIN of classic tracepoints, whatever CAP_PERFMON says
-        enough = paranoid is not None and paranoid <= 2
-        return Check(
-            "privileges", enough, True, detail, "" if enough else "sysctl kernel.perf_event_paranoid=2, or be root"
-        )
+        detail += "; asking for the run time of BPF programs needs CAP_SYS_ADMIN"
+        return Check("privileges", False, True, detail, "give it CAP_SYS_ADMIN, or run it as root: sudo footlight ...")
     return Check("privileges", False, True, f"{detail}; loading BPF needs more", "run it as root: sudo footlight ...")
 
 

@@ -1,4 +1,4 @@
-"""What `check` finds beside the host: GPUs' device files, uprobes for CUDA, the engines' own metrics."""
+"""What `check` finds beside the host: GPUs' device files, uprobes for CUDA, probe points, the engines' own metrics."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ import logging
 import os
 import select
 import signal
+import stat
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from exporter.config import AUTO, OFF, ON, Config, GpuConfig, Probes
+from exporter.config import AUTO, OFF, ON, Config, GpuConfig, ProbePoint, Probes
 from exporter.labels import safe
 from probes import libbpf, privileges
 from probes.devices import DeviceFile, find_devices
+from probes.elf import ElfError, find_functions, find_usdt_probes
 from probes.engine_metrics import Endpoint, EndpointReport, EngineSource
 from probes.engine_page import Failure
 from probes.errors import FootlightError
@@ -54,6 +56,7 @@ def examine(config: Config | None) -> list[Check]:
     if wanted.gpu != OFF:
         found += as_nobody(lambda: [gpu_check(NvmlSource(gpu.library).look(), wanted.gpu == ON)], "GPU")
     found += [devices_check(find_devices(gpu.devices), gpu.devices), cuda_check(wanted.cuda)]
+    found += [probe_point_check(point) for point in (config.probe_points if config is not None else ())]
     asked = engine_endpoints(config) if config is not None else {}
     if asked:
         found += as_nobody(lambda: engine_checks(asked), "engine metrics")
@@ -107,6 +110,39 @@ def cuda_check(
         )
     who = "only the service's processes pay" if by_process() else "each process that maps the library pays"
     return Check("CUDA calls", True, False, f"uprobes, {who}" + ("" if wanted else "; off without probes: {cuda: on}"))
+
+
+def probe_point_check(point: ProbePoint) -> Check:
+    """Whether the file has what a probe point is to be put on, where the config says which file that is."""
+    name = f"probe point {point.name}"
+    if not point.library.startswith("/"):
+        return Check(name, True, False, f"{point.library} is looked for in the services' processes, by a running agent")
+    wanted = point.symbol or point.usdt or ""
+    try:
+        there = _points_in(point)
+    except FileNotFoundError:
+        detail = f"{point.library} is not on this host; a container's own files are seen by a running agent"
+        return Check(name, False, False, detail, "nothing if a container has it; else mend library in the config")
+    except (OSError, ElfError) as error:
+        reason = (error.strerror or "cannot be read").lower() if isinstance(error, OSError) else str(error)
+        return Check(name, False, False, f"{point.library}: {reason}", "mend library in the config")
+    if wanted in there:
+        return Check(name, True, False, f"{point.library} has {wanted}")
+    if point.symbol is not None:
+        return Check(name, False, False, f"{point.library} has no function {wanted}", f"nm -D {point.library}")
+    others = ", ".join(sorted(map(safe, there))[:_PATHS_SHOWN])
+    step = f"name one of those that it has: {others}" if others else "build it with its USDT probes, or name a symbol"
+    return Check(name, False, False, f"{point.library} has no USDT probe {wanted}", step)
+
+
+def _points_in(point: ProbePoint) -> Collection[str]:
+    fd = os.open(point.library, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ElfError("is no file")
+        return find_usdt_probes(fd) if point.symbol is None else find_functions(fd, (point.symbol,)).offsets
+    finally:
+        os.close(fd)
 
 
 # ---- engines ----

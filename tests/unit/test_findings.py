@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from exporter.cli import findings
-from exporter.config import AUTO, OFF, Config, Match, Probes, Service
+from exporter.config import AUTO, OFF, Config, Match, ProbePoint, Probes, Service
 from probes import privileges
 from probes.devices import DeviceFile
 from probes.errors import HostError
@@ -136,6 +137,32 @@ def test_whether_cuda_calls_can_be_counted(
     found = findings.cuda_check(wanted, sign, lambda: by_process)
     assert (found.ok, found.required, found.detail) == (ok, False, detail)
     assert bool(found.next_step) is not ok
+
+
+LIBRARY = str(Path(__file__).parents[2] / "examples/roleplay/native/libllm_kv.so")
+
+
+@pytest.mark.parametrize(
+    ("library", "symbol", "usdt", "well", "words"),
+    [
+        (LIBRARY, "llm_kv_lookup", None, True, "has llm_kv_lookup"),
+        (LIBRARY, "llm_kv_look", None, False, "has no function llm_kv_look"),
+        (LIBRARY, None, "roleplay:kv_lookup", True, "has roleplay:kv_lookup"),
+        (LIBRARY, None, "roleplay:kv", False, "name one of those that it has: roleplay:kv_lookup"),
+        (sys.executable, None, "roleplay:kv_lookup", False, "has no USDT probe"),
+        (__file__, "llm_kv_lookup", None, False, "is no ELF file"),
+        ("/usr", "llm_kv_lookup", None, False, "is no file"),
+        ("/nowhere/libllm_kv.so", "llm_kv_lookup", None, False, "is not on this host"),
+        ("libllm_kv.so", "llm_kv_lookup", None, True, "by a running agent"),
+    ],
+)
+def test_whether_a_library_has_a_probe_point(
+    library: str, symbol: str | None, usdt: str | None, well: bool, words: str
+) -> None:
+    check = findings.probe_point_check(ProbePoint("kv", library, symbol, usdt, 1, 2, 3))
+    assert (check.name, check.ok, check.required) == ("probe point kv", well, False)
+    assert words in f"{check.detail} {check.next_step}"
+    assert well is not bool(check.next_step)
 
 
 def test_only_configured_engines_are_asked() -> None:

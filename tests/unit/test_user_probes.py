@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from probes.elf import ElfError, find_functions
+from probes.elf import ElfError, find_functions, find_usdt_probes
 from probes.errors import ProbeError
 from probes.libbpf import Object
 from probes.user_probes import RETRY_S, Scope, Symbol, UserProbes
@@ -273,6 +273,7 @@ def find_functions_of(image: bytes, names: Sequence[str] = (EXPORTED,)) -> dict[
     fd = os.memfd_create("image")
     try:
         os.write(fd, image)
+        find_usdt_probes(fd)
         return dict(find_functions(fd, names).offsets)
     finally:
         os.close(fd)
