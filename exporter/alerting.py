@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from exporter.config import SLO_ABORTS, SLO_ERRORS, SLO_SPEED, Slo
 from exporter.fast_burn import FastBurn, Weights
 from exporter.labels import safe
 from exporter.reloading import is_gone
+from exporter.slo.declared import SLO_ABORTS, SLO_ERRORS, SLO_SPEED, Slo
 from exporter.slo.events import NONE, events_of
 from exporter.slo.native import natives
 from exporter.slo.rules import PAGE, identity, possible

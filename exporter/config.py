@@ -1,8 +1,6 @@
 """What the user asked for: the configuration file and the target options, checked and typed.
 
-The file is YAML. Everything that is not allowed is refused with its path, its line and what is allowed:
-unknown keys, wrong types, impossible values, duplicate keys, aliases, tags, more than one document.
-The privileged attacher imports this module, so PyYAML is imported only when a file is read.
+Everything that is not allowed is refused with its path, its line and what is allowed. `exporter.document` reads YAML.
 """
 
 from __future__ import annotations
@@ -10,22 +8,28 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import msgspec
 
+from exporter.document import (
+    OFF_WORDS,
+    ON_WORDS,
+    WHOLE,
+    Value,
+    document,
+    http_url,
+    is_plain_text,
+    read_text,
+    shown,
+)
 from exporter.labels import OTHER, RESERVED
+from exporter.slo.declared import Slo, read_slos
 from probes.errors import ConfigError
 
 if TYPE_CHECKING:
-    import yaml
-
-    from exporter.slo.catalogue import KnownMetric
     from exporter.web_config import WebConfig
 
 T = TypeVar("T")
@@ -34,52 +38,19 @@ DEFAULT_PORT: Final = 9466
 NONE: Final = "_none"
 """Label value of a request without the header."""
 
-MAX_FILE_BYTES: Final = 1 << 20
-MAX_DEPTH: Final = 32
 MAX_SERVICES: Final = 64
 MAX_LABELS: Final = 4
 MAX_LABEL_VALUES: Final = 32
-MAX_SLOS: Final = 64
 MAX_PROBE_POINTS: Final = 8
 MAX_GPU_DEVICES: Final = 16
 MAX_ALERTMANAGERS: Final = 8
 MAX_ALERT_LABELS: Final = 16
-MAX_TEXT: Final = 4096
 MAX_PID: Final = 1 << 22
 
 _SERVICE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}")
 _LABEL_NAME: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9_]{0,62}")
 _HEADER_NAME: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}")
-_WHOLE: Final = re.compile(r"[0-9]{1,18}")
 _HOST_NAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?")
-_DECIMAL: Final = re.compile(r"[0-9]{1,15}(\.[0-9]{1,9})?")
-_SIZE: Final = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([A-Za-z]+)")
-_SIZE_UNITS: Final = {
-    "B": 1,
-    "kB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "KiB": 2**10,
-    "MiB": 2**20,
-    "GiB": 2**30,
-}
-_DURATION: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([a-z]+)")
-_TIME_UNITS: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_SLO_NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,62}")
-_SLO_KEYS: Final = ("name", "sli", "below", "at_least", "target", "window", "service", "model_name", "reasons")
-SLO_SLIS: Final = ("ttft", "itl", "tpot", "longest_gap", "duration")
-"""Latencies that an objective may be about, by the value of their `Sli`."""
-SLO_ERRORS: Final = "errors"
-SLO_ABORTS: Final = "aborts"
-SLO_CACHE: Final = "kv_cache_hit_ratio"
-SLO_SPEED: Final = "decode_tokens_per_second"
-SLO_METRIC: Final = re.compile(r"(kernel|gpu)_[a-z0-9_]{1,100}")
-"""An objective may also be about a family of these, by its name."""
-SLO_REASONS: Final = ("client_error", "rate_limited", "server_error", "cut_off")
-"""Why a request failed, by the value of its `Failure`. The first one is the client's own fault."""
-SLO_SHORTEST_S: Final = 3 * 86400
-"""An objective's period is at least the longest window over which its burn rate is looked at."""
-_ALL_SLIS: Final = (*SLO_SLIS, SLO_ERRORS, SLO_ABORTS, SLO_CACHE, SLO_SPEED)
 _SYMBOL: Final = re.compile(r"[A-Za-z_.$][A-Za-z0-9_.$@]{0,255}")
 _USDT: Final = re.compile(r"[A-Za-z0-9_]{1,64}:[A-Za-z0-9_]{1,64}")
 _MAX_ARGUMENT: Final = 6
@@ -87,9 +58,6 @@ _MAX_ARGUMENT: Final = 6
 AUTO: Final = "auto"
 OFF: Final = "off"
 ON: Final = "on"
-_ON: Final = frozenset({"on", "true", "yes"})
-_OFF: Final = frozenset({"off", "false", "no"})
-
 ALERT_LABELS: Final = frozenset(
     "alertname severity kind service_name model_name probe sloth_id sloth_service sloth_slo sloth_severity".split()
 )
@@ -212,35 +180,6 @@ class Limits(msgspec.Struct, frozen=True):
     cpu: float = 0.02
 
 
-class Slo(msgspec.Struct, frozen=True):
-    """An objective: the fraction `target` of the events of `sli` is good.
-
-    `sli` is the value of a latency's `Sli` (good: at most `below` seconds), `decode_tokens_per_second` (good: a
-    response with `at_least` so many), `errors` (good: a request that did not fail for one of `reasons`), `aborts`
-    (good: one whose client stayed), `kv_cache_hit_ratio` (good: a prompt token that was looked up and found), or the
-    name of a kernel_ or gpu_ family (good: an observation of the histogram, or a minute of the gauge, that is at most
-    `below` or `at_least` so much, in the family's unit). `window_s` is its period. None for `service` or `model_name`
-    means every one.
-    """
-
-    name: str
-    sli: str
-    below: float | None
-    target: float
-    window_s: int = 30 * 86400
-    service: str | None = None
-    model_name: str | None = None
-    at_least: float | None = None
-    reasons: tuple[str, ...] = ()
-
-    @property
-    def below_s(self) -> float | None:
-        """The latency in seconds up to which an event is good; None where the objective is about something else."""
-        if self.sli == SLO_SPEED and self.at_least is not None:
-            return round(1 / self.at_least, 9)  # of the time per output token
-        return self.below if self.sli in SLO_SLIS else None
-
-
 class RecorderConfig(msgspec.Struct, frozen=True):
     """Where recordings are kept that the agent makes by itself; None: it makes none. `size` is in bytes, of all."""
 
@@ -333,7 +272,7 @@ def from_options(
     for number in match.port:
         _check(1 <= number <= 65535, f"port {number} is out of range", "give a TCP port from 1 to 65535")
     for text in (*match.exe, *match.cmdline, *match.cgroup):
-        _check(_is_plain_text(text), f"{text!r} cannot match any process", "give text without control characters")
+        _check(is_plain_text(text), f"{text!r} cannot match any process", "give text without control characters")
     if service is not None and not _SERVICE_NAME.fullmatch(service):
         raise ConfigError(f"{service!r} is not a service name", _SERVICE_NAME_RULE)
     address = Address() if listen is None else parse_address(listen)
@@ -346,7 +285,7 @@ def parse_address(text: str) -> Address:
     bracketed = host.startswith("[") and host.endswith("]")
     if bracketed:
         host = host[1:-1]
-    if not colon or not _WHOLE.fullmatch(port) or int(port) > 65535 or not _is_host(host, bracketed):
+    if not colon or not WHOLE.fullmatch(port) or int(port) > 65535 or not _is_host(host, bracketed):
         raise ConfigError(
             f"{text!r} is not an address to listen on",
             "write HOST:PORT with a port from 0 to 65535, "
@@ -355,39 +294,12 @@ def parse_address(text: str) -> Address:
     return Address(host, int(port))
 
 
-def parse_size(text: str) -> int:
-    """Parse a size with its unit (B, kB, MB, GB, KiB, MiB, GiB) into bytes. Raises `ValueError`."""
-    found = _SIZE.fullmatch(text)
-    if found is None or found[2] not in _SIZE_UNITS:
-        raise ValueError(text)
-    return round(float(found[1]) * _SIZE_UNITS[found[2]])
-
-
-def parse_duration(text: str) -> float:
-    """Parse a time with its unit (us, ms, s, m, h, d) into seconds. Raises `ValueError`."""
-    found = _DURATION.fullmatch(text)
-    if found is None or found[2] not in _TIME_UNITS:
-        raise ValueError(text)
-    return round(float(found[1]) * _TIME_UNITS[found[2]], 12)  # 100 * 1e-6 is less than 0.0001
-
-
-def parse_percent(text: str) -> float:
-    """Parse a percentage such as `2%` into a fraction. Raises `ValueError`."""
-    if not text.endswith("%") or not _DECIMAL.fullmatch(text[:-1].rstrip(" ")):
-        raise ValueError(text)
-    return round(float(text[:-1]) / 100, 12)  # 99.9 / 100 is more than 0.999
-
-
 _SERVICE_NAME_RULE: Final = "use 1 to 63 of A-Z a-z 0-9 . _ / - and begin with a letter or digit"
 
 
 def _check(holds: bool, what: str, next_step: str) -> None:
     if not holds:
         raise ConfigError(what, next_step)
-
-
-def _is_plain_text(text: str) -> bool:
-    return 0 < len(text) <= MAX_TEXT and text.isprintable()
 
 
 def _is_host(host: str, bracketed: bool) -> bool:
@@ -405,276 +317,6 @@ def _name_for(match: Match) -> str:
     return f"port-{match.port[0]}" if match.port else f"pid-{match.pid[0]}" if match.pid else "service"
 
 
-# ---- the file, down to a tree of nodes that know where they stand ----
-
-
-def read_regular(path: str, most: int = MAX_FILE_BYTES) -> bytes:
-    """The bytes of a regular file. Raises OSError, or ValueError where it is none or has more than `most` bytes."""
-    # O_NONBLOCK: opening a FIFO that nobody writes to would otherwise hang for ever.
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise ValueError("it is not a regular file")
-        with open(fd, "rb", closefd=False) as file:
-            raw = file.read(most + 1)
-    finally:
-        os.close(fd)
-    if len(raw) > most:
-        raise ValueError(f"it is larger than {most} bytes")
-    return raw
-
-
-def read_text(path: str, option: str = "--config") -> str:
-    """The text of a YAML file that `option` named. Raises `ConfigError`."""
-    try:
-        raw = read_regular(path)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConfigError(
-            f"cannot read the configuration: {reason}", f"check the path given with {option}", path
-        ) from error
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"byte {error.start} is not UTF-8", "save the file as UTF-8", path, line) from error
-
-
-def document(
-    text: str, path: str, when_empty: str = "name at least one service: see the README for an example"
-) -> Value:
-    """The root of the only YAML document in a text; `when_empty` is what to write where there is none.
-
-    `path` is only named in errors. Raises `ConfigError` for what is no YAML and for what no configuration needs.
-    """
-    import yaml  # noqa: PLC0415 - 1.1 MiB that an agent started with --port need not hold
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    try:
-        _refuse_traps(yaml.parse(text, Loader=loader), path)
-        root = yaml.compose(text, Loader=loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        problem = error.problem or error.context or "it cannot be parsed"
-        what, step = f"not valid YAML: {problem}", "correct the line, or the one before it"
-        if "expected a single document" in str(error):
-            what, step = (
-                "there is more than one YAML document",
-                "keep one document: remove the `---` and what follows it",
-            )
-        elif mark is not None and _char_at(text, mark.line, mark.column) == "\t":
-            what, step = "a tab stands where YAML wants spaces", "indent with spaces"
-        raise ConfigError(what, step, path, None if mark is None else mark.line + 1) from error
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1 if isinstance(error.position, int) else None
-        raise ConfigError(
-            "a character is not allowed in YAML", "remove control characters from the file", path, line
-        ) from error
-    if root is None:
-        raise ConfigError("the configuration is empty", when_empty, path, 1)
-    return Value(root, "", path)
-
-
-def _char_at(text: str, line: int, column: int) -> str:
-    lines = text.splitlines()
-    return lines[line][column : column + 1] if line < len(lines) else ""
-
-
-def _refuse_traps(events: Iterable[yaml.Event], path: str) -> None:
-    """Refuse what a configuration never needs, before anything recursive walks it.
-
-    Aliases can make a small file enormous, tags can name types, and nesting can exhaust the stack.
-    """
-    import yaml  # noqa: PLC0415 - as above
-
-    depth = 0
-    for event in events:
-        line = event.start_mark.line + 1 if event.start_mark else None
-        if isinstance(event, yaml.AliasEvent):
-            raise ConfigError(f"the alias *{event.anchor} is not allowed", "write the value out", path, line)
-        if isinstance(event, yaml.NodeEvent) and getattr(event, "tag", None) not in (None, "!"):
-            raise ConfigError("a YAML tag (!...) is not allowed", "remove the tag", path, line)
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-            if depth > MAX_DEPTH:
-                raise ConfigError(
-                    f"nested more than {MAX_DEPTH} deep", "see the README for the form of the file", path, line
-                )
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-
-
-@dataclass(frozen=True, slots=True)
-class Value:
-    """A YAML node, with the place where it stands: `at` such as `services[0].match`, and its file."""
-
-    node: Any  # a yaml.Node; its type stubs know neither `id` nor `style`
-    at: str
-    path: str
-
-    def fail(self, what: str, next_step: str) -> NoReturn:
-        """Raise `ConfigError` with this place."""
-        raise ConfigError(
-            f"{self.at}: {what}" if self.at else what, next_step, self.path, self.node.start_mark.line + 1
-        )
-
-    def keys(self) -> dict[str, Value]:
-        """The entries of a mapping. Refuses duplicate keys and keys that are not text."""
-        if self.node.id != "mapping":
-            self.fail(
-                f"must be a mapping of keys to values, not {self.described()}",
-                "write `key: value` lines, indented with spaces",
-            )
-        entries: dict[str, Value] = {}
-        for key_node, value_node in self.node.value:
-            key = Value(key_node, self.at, self.path)
-            if key_node.id != "scalar":
-                key.fail("a key must be text", "write `key: value`")
-            name = key_node.value
-            if name in entries:
-                key.fail(f"the key {shown(name)} is given twice", "keep one of the two")
-            entries[name] = Value(value_node, f"{self.at}.{name}" if self.at else name, self.path)
-        return entries
-
-    def fields(self, *allowed: str, required: Sequence[str] = ()) -> dict[str, Value]:
-        """The entries of a mapping with known keys. Refuses others, with the nearest known one."""
-        entries = self.keys()
-        for key_node, _ in self.node.value:
-            if key_node.value not in allowed:
-                Value(key_node, self.at, self.path).fail(
-                    f"unknown key {shown(key_node.value)}",
-                    f"{did_you_mean(key_node.value, allowed)}allowed here: {', '.join(allowed)}",
-                )
-        for name in required:
-            if name not in entries:
-                self.fail(f"the key '{name}' is missing", f"add `{name}:`")
-        return entries
-
-    def items(self) -> list[Value]:
-        """The items of a list."""
-        if self.node.id != "sequence":
-            self.fail(f"must be a list, not {self.described()}", "write `[a, b]`, or one `- item` a line")
-        return [Value(item, f"{self.at}[{index}]", self.path) for index, item in enumerate(self.node.value)]
-
-    def one_or_more(self, read: Callable[[Value], T]) -> tuple[T, ...]:
-        """A single value or a list of them, without duplicates."""
-        if self.node.id != "sequence":
-            return (read(self),)
-        if not self.node.value:
-            self.fail("the list is empty", "give at least one value, or remove the key")
-        return tuple(dict.fromkeys(read(item) for item in self.items()))
-
-    def literal(self) -> str:
-        """A scalar as it is written, whatever type YAML would give it."""
-        if self.node.id != "scalar" or (self.node.tag.endswith(":null") and not self.node.style):
-            self.fail(f"must be text, not {self.described()}", "give a value")
-        return str(self.node.value)
-
-    def text(self) -> str:
-        """A text. Refuses numbers and switches, which are nearly always a mistake where a text is wanted."""
-        value = self.literal()
-        if not self.node.tag.endswith(":str"):
-            self.fail(f"must be text, not {self.described()}", f'write it in quotes: "{value}"')
-        if not _is_plain_text(value):
-            self.fail("must be 1 to 4096 characters without control characters", "correct the text")
-        return value
-
-    def absolute(self, such_as: str) -> str:
-        """An absolute path."""
-        path = self.text()
-        if not path.startswith("/"):
-            self.fail(f"{shown(path)} is not an absolute path", f"write one, such as {such_as}")
-        return path
-
-    def whole(self, low: int, high: int) -> int:
-        """A whole number within bounds, in plain decimal digits."""
-        value = self.node.value if self.node.id == "scalar" and not self.node.style else ""
-        if not _WHOLE.fullmatch(value) or not low <= int(value) <= high:
-            self.fail(
-                f"must be a whole number from {low} to {high}, not {self.described()}",
-                "write it in digits, without quotes",
-            )
-        return int(value)
-
-    def switch(self) -> bool:
-        """`on` or `off` (or true, false, yes, no)."""
-        value = str(self.node.value).lower() if self.node.id == "scalar" and not self.node.style else ""
-        if value not in _ON and value not in _OFF:
-            self.fail(f"must be on or off, not {self.described()}", "write `on` or `off`")
-        return value in _ON
-
-    def size(self, low: int, high: int) -> int:
-        """A size with its unit, in bytes."""
-        try:
-            value = parse_size(self.literal())
-        except ValueError:
-            value = -1
-        if not low <= value <= high:
-            self.fail(
-                f"must be a size from {_size(low)} to {_size(high)}, not {self.described()}",
-                f"write a number and a unit ({', '.join(_SIZE_UNITS)}), such as 120MiB",
-            )
-        return value
-
-    def duration(self, low: float, high: float) -> float:
-        """A time with its unit, in seconds."""
-        try:
-            value = parse_duration(self.literal())
-        except ValueError:
-            value = -1.0
-        if not low <= value <= high:
-            self.fail(
-                f"must be a time from {_time(low)} to {_time(high)}, not {self.described()}",
-                f"write a number and a unit ({', '.join(_TIME_UNITS)}), such as 300ms",
-            )
-        return value
-
-    def percent(self, high: float) -> float:
-        """A percentage above zero, as a fraction."""
-        try:
-            value = parse_percent(self.literal())
-        except ValueError:
-            value = -1.0
-        if not 0 < value <= high:
-            self.fail(
-                f"must be above 0% and at most {high:.0%}, not {self.described()}", "write a percentage, such as 2%"
-            )
-        return value
-
-    def described(self) -> str:
-        """What stands there, for an error message."""
-        if self.node.id == "mapping":
-            return "a mapping"
-        if self.node.id == "sequence":
-            return "a list"
-        if self.node.tag.endswith(":null") and not self.node.style:
-            return "nothing"
-        kind = {"int": "the number ", "float": "the number ", "bool": "the switch ", "timestamp": "the date "}
-        return kind.get(self.node.tag.rpartition(":")[2], "") + shown(self.node.value)
-
-
-def shown(text: str) -> str:
-    """A text as an error message shows it: in quotes, escaped, and not long."""
-    return repr(text if len(text) <= 60 else text[:57] + "...")
-
-
-def _size(size: int) -> str:
-    return f"{size // 2**30}GiB" if size >= 2**30 else f"{size // 2**20}MiB"
-
-
-def _time(seconds: float) -> str:
-    unit = max((size, unit) for unit, size in _TIME_UNITS.items() if size <= seconds)
-    return f"{seconds / unit[0]:g}{unit[1]}"
-
-
-def did_you_mean(word: str, allowed: Sequence[str]) -> str:
-    """The beginning of a next step: the allowed word that is nearest; empty where none is near."""
-    import difflib  # noqa: PLC0415 - only needed on the way out
-
-    near = difflib.get_close_matches(word[:64].lower(), allowed, 1, 0.6)
-    return f"did you mean '{near[0]}'? " if near else ""
-
-
 # ---- the tree, up to the typed configuration ----
 
 
@@ -688,7 +330,7 @@ def _config(root: Value) -> Config:
         services=services,
         probes=_probes(keys["probes"]) if "probes" in keys else Probes(),
         limits=_limits(keys["limits"]) if "limits" in keys else Limits(),
-        slos=_slos(keys["slos"], names) if "slos" in keys else (),
+        slos=read_slos(keys["slos"], names) if "slos" in keys else (),
         recorder=_recorder(keys["recorder"]) if "recorder" in keys else RecorderConfig(),
         health=_health(keys["health"]) if "health" in keys else HealthConfig(),
         gpu=_gpu(keys["gpu"]) if "gpu" in keys else GpuConfig(),
@@ -736,16 +378,12 @@ def _service(value: Value) -> Service:
 
 def _engine_metrics(value: Value) -> str:
     text = value.literal()
-    if text.lower() in _OFF:
+    if text.lower() in OFF_WORDS:
         return OFF
     if text == AUTO:
         return AUTO
-    try:
-        url = urlsplit(text)
-        right = url.scheme in {"http", "https"} and url.hostname and url.port != 0 and text.isascii()
-    except ValueError:
-        right = False
-    if not right or not text.isprintable() or " " in text or len(text) > MAX_TEXT or url.username is not None:
+    url = http_url(text)
+    if url is None or url.username is not None:
         value.fail(
             f"{shown(text)} is not where an engine's metrics are",
             "write a URL such as http://127.0.0.1:8000/metrics, or `auto`, or `off`",
@@ -824,7 +462,7 @@ def _probes(value: Value) -> Probes:
 def _on_off_auto(value: Value) -> str:
     if value.node.id == "scalar" and value.node.value == AUTO:
         return AUTO
-    if value.node.id != "scalar" or str(value.node.value).lower() not in _ON | _OFF:
+    if value.node.id != "scalar" or str(value.node.value).lower() not in ON_WORDS | OFF_WORDS:
         value.fail(f"must be on, off or auto, not {value.described()}", "write `on`, `off` or `auto`")
     return ON if value.switch() else OFF
 
@@ -837,168 +475,6 @@ def _limits(value: Value) -> Limits:
     memory = keys["memory"].size(64 * 2**20, 64 * 2**30) if "memory" in keys else default.memory
     cpu = keys["cpu"].percent(64.0) if "cpu" in keys else default.cpu
     return Limits(models, connections, memory, cpu)
-
-
-def _slos(value: Value, services: AbstractSet[str]) -> tuple[Slo, ...]:
-    slos: list[Slo] = []
-    items = value.items()
-    if len(items) > MAX_SLOS:
-        value.fail(f"there are {len(items)} objectives", f"list at most {MAX_SLOS}")
-    for item in items:
-        slo = _slo(item, services)
-        if any(slo.name == other.name for other in slos):
-            item.fail(f"the name {shown(slo.name)} is given twice", "give each objective a name of its own")
-        slos.append(slo)
-    return tuple(slos)
-
-
-def _slo(value: Value, services: AbstractSet[str]) -> Slo:
-    keys = value.fields(*_SLO_KEYS, required=("name", "sli"))
-    name = keys["name"].text()
-    if not _SLO_NAME.fullmatch(name):
-        keys["name"].fail(
-            f"{shown(name)} is not the name of an objective", "use 1 to 63 of a-z 0-9 - and begin with a letter"
-        )
-    sli = keys["sli"].text()
-    if sli not in _ALL_SLIS and not SLO_METRIC.fullmatch(sli):
-        keys["sli"].fail(
-            f"unknown sli {shown(sli)}",
-            f"{did_you_mean(sli, _ALL_SLIS)}allowed here: {', '.join(_ALL_SLIS)}, or a kernel_ or gpu_ metric",
-        )
-    below, at_least, target = _slo_wants(value, sli, keys)
-    window_s = _slo_window(keys["window"]) if "window" in keys else 30 * 86400
-    reasons: tuple[str, ...] = SLO_REASONS[1:] if sli == SLO_ERRORS else ()
-    if "reasons" in keys:
-        if sli != SLO_ERRORS:
-            keys["reasons"].fail(f"is for objectives about {SLO_ERRORS}", "remove the line")
-        reasons = keys["reasons"].one_or_more(_slo_reason)
-    model = keys["model_name"].text() if "model_name" in keys else "*"
-    service = _service_of(keys["service"], services) if "service" in keys else None
-    if not sli.startswith(("kernel_", "gpu_")):
-        return Slo(name, sli, below, target, window_s, service, None if model == "*" else model, at_least, reasons)
-    labels = known_metrics()[sli].labels
-    for key, label, wanted in (("service", "service_name", service), ("model_name", "model_name", model)):
-        if wanted not in (None, "*") and label not in labels:
-            keys[key].fail(f"{sli} does not tell {key}s apart", "remove the line")
-    return Slo(name, sli, below, target, window_s, service, None if model == "*" else model, at_least)
-
-
-def _slo_wants(value: Value, sli: str, keys: Mapping[str, Value]) -> tuple[float | None, float | None, float]:
-    """`below`, `at_least` and `target`, of which an objective has those that its sli needs."""
-
-    def need(key: str) -> Value:
-        if key not in keys:
-            value.fail(f"the key '{key}' is missing", f"add `{key}:`")
-        return keys[key]
-
-    def refuse(*unwanted: str) -> None:
-        for key in unwanted:
-            if key in keys:
-                keys[key].fail(f"has no meaning for {sli}", "remove the line")
-
-    if sli == SLO_CACHE:
-        refuse("below", "target")  # the ratio is the objective: it is good tokens by all
-        return None, None, _slo_percent(need("at_least"), "a token that is not found")
-    target = _slo_percent(need("target"), "a single bad event" if sli not in SLO_SLIS else "a single slow request")
-    if sli in SLO_SLIS:
-        refuse("at_least")
-        return need("below").duration(0.0001, 7680), None, target
-    if sli == SLO_SPEED:
-        refuse("below")
-        return None, _number(need("at_least"), 0.1, 10_000), target
-    if sli in (SLO_ERRORS, SLO_ABORTS):
-        refuse("below", "at_least")
-        return None, None, target
-    return (*_metric_wants(value, sli, keys), target)
-
-
-def _metric_wants(value: Value, sli: str, keys: Mapping[str, Value]) -> tuple[float | None, float | None]:
-    """`below` or `at_least` of a kernel_ or gpu_ family."""
-    known = known_metrics()
-    metric = known.get(sli)
-    if metric is None:
-        keys["sli"].fail(f"there is no metric {shown(sli)}", f"{did_you_mean(sli, sorted(known))}see docs/metrics.md")
-    if metric.kind not in {"gauge", "histogram"}:
-        keys["sli"].fail(f"{sli} is a {metric.kind}", "an objective is about a histogram or a gauge")
-    given = [key for key in ("below", "at_least") if key in keys]
-    if len(given) != 1:
-        value.fail("give one of `below` and `at_least`", "add `below:` with the largest value that is good")
-    (key,) = given
-    if metric.kind == "histogram":
-        if key == "at_least":
-            keys[key].fail(f"{sli} is a histogram", "write `below:` with one of its bucket bounds")
-        return _bound_of(keys[key], metric.bounds), None
-    threshold = _in_unit(keys[key], metric.unit)
-    return (threshold, None) if key == "below" else (None, threshold)
-
-
-def _bound_of(value: Value, bounds: Sequence[float]) -> float:
-    """A time that is one of the bounds, which are kept in the kernel and cannot be added to."""
-    seconds = value.duration(bounds[0], bounds[-1])
-    for bound in bounds:
-        if abs(bound - seconds) < 1e-12:
-            return bound
-    below = max(bound for bound in bounds if bound < seconds)
-    above = min(bound for bound in bounds if bound > seconds)
-    value.fail(f"{value.described()} is no bucket bound", f"write {_exact_time(below)} or {_exact_time(above)}")
-
-
-def _exact_time(seconds: float) -> str:
-    unit = max((size, unit) for unit, size in _TIME_UNITS.items() if size <= seconds and size <= 1)
-    return f"{round(seconds / unit[0], 9):.12g}{unit[1]}"
-
-
-def _in_unit(value: Value, unit: str) -> float:
-    if unit == "bytes":
-        return value.size(1, 2**60)
-    if unit == "seconds":
-        return value.duration(1e-6, 366 * 86400)
-    if unit == "ratio":
-        return value.percent(1.0)
-    return _number(value, 0, 1e15)
-
-
-def _number(value: Value, low: float, high: float) -> float:
-    text = value.node.value if value.node.id == "scalar" and not value.node.style else ""
-    if not _DECIMAL.fullmatch(text) or not low <= float(text) <= high:
-        value.fail(f"must be a number from {low:g} to {high:g}, not {value.described()}", "write it without a unit")
-    return float(text)
-
-
-def _slo_percent(value: Value, one: str) -> float:
-    target = value.percent(1.0)
-    if target == 1:
-        value.fail(f"100% leaves no room for {one}", "write less, such as 99.9%")
-    return target
-
-
-def _slo_window(value: Value) -> int:
-    seconds = value.duration(3600, 90 * 86400)
-    if seconds < SLO_SHORTEST_S:
-        value.fail(
-            f"{value.described()} is shorter than the longest window of the burn rate",
-            f"write a period from {SLO_SHORTEST_S // 86400}d to 90d, such as 7d or 30d",
-        )
-    if seconds % 3600:
-        value.fail(f"{value.described()} is no whole number of hours", "write whole days or hours, such as 30d")
-    return round(seconds)
-
-
-def _slo_reason(value: Value) -> str:
-    reason = value.text()
-    if reason not in SLO_REASONS:
-        value.fail(
-            f"unknown reason {shown(reason)}",
-            f"{did_you_mean(reason, SLO_REASONS)}allowed here: {', '.join(SLO_REASONS)}",
-        )
-    return reason
-
-
-def known_metrics() -> Mapping[str, KnownMetric]:
-    """The kernel_ and gpu_ families, by their name in the text format, as the installed package lists them."""
-    from exporter.slo.catalogue import known  # noqa: PLC0415 - only an objective about one of them needs it
-
-    return known()
 
 
 def _gpu(value: Value) -> GpuConfig:
@@ -1017,27 +493,16 @@ def _gpu(value: Value) -> GpuConfig:
 
 
 def _probe_points(value: Value, services: AbstractSet[str]) -> tuple[ProbePoint, ...]:
-    points: list[ProbePoint] = []
-    items = value.items()
-    if len(items) > MAX_PROBE_POINTS:
-        value.fail(f"there are {len(items)} probe points", f"list at most {MAX_PROBE_POINTS}")
-    for item in items:
-        point = _probe_point(item, services)
-        if any(point.name == other.name for other in points):
-            item.fail(f"the name {shown(point.name)} is given twice", "give each probe point a name of its own")
-        points.append(point)
-    return tuple(points)
+    return value.named(
+        MAX_PROBE_POINTS, "probe point", "probe points", lambda item: _probe_point(item, services)
+    )
 
 
 def _probe_point(value: Value, services: AbstractSet[str]) -> ProbePoint:
     keys = value.fields(
         *ProbePoint.__struct_fields__, required=("name", "library", "hit_tokens", "looked_up_tokens")
     )
-    name = keys["name"].text()
-    if not _SLO_NAME.fullmatch(name):
-        keys["name"].fail(
-            f"{shown(name)} is not the name of a probe point", "use 1 to 63 of a-z 0-9 - and begin with a letter"
-        )
+    name = keys["name"].name_of("a probe point")
     library = keys["library"].text()
     if "/" in library:
         keys["library"].absolute("/usr/lib/libllm_kv.so")
@@ -1062,19 +527,8 @@ def _probe_point(value: Value, services: AbstractSet[str]) -> ProbePoint:
         numbers.get("model"),
         numbers["hit_tokens"],
         numbers["looked_up_tokens"],
-        _service_of(keys["service"], services) if "service" in keys else None,
+        keys["service"].service(services) if "service" in keys else None,
     )
-
-
-def _service_of(value: Value, services: AbstractSet[str]) -> str | None:
-    """The name of a configured service; None for `*`, which is every one."""
-    name = value.text()
-    if name == "*":
-        return None
-    if name not in services:
-        near = did_you_mean(name, sorted(services))
-        value.fail(f"there is no service {shown(name)}", f"{near}list it under services")
-    return name
 
 
 def _alertmanagers(value: Value) -> tuple[Alertmanager, ...]:
@@ -1093,7 +547,8 @@ def _alertmanagers(value: Value) -> tuple[Alertmanager, ...]:
 def _alertmanager(value: Value) -> Alertmanager:
     keys = value.fields("url", "labels", "agent_labels", "timeout", required=("url",))
     url = keys["url"].text()
-    if not _is_base_url(url):
+    parts = http_url(url)
+    if parts is None or parts.query or parts.fragment or parts.username or parts.password:
         keys["url"].fail(
             f"{shown(url)} is not the URL of an Alertmanager", "write one such as http://127.0.0.1:9093"
         )
@@ -1115,16 +570,6 @@ def _alert_labels(value: Value) -> dict[str, str]:
         if name in ALERT_LABELS:
             item.fail(f"the label name '{name}' is taken", "remove it: the agent sets it")
     return {name: _label_value(item) for name, item in labels.items()}
-
-
-def _is_base_url(text: str) -> bool:
-    try:
-        parts = urlsplit(text)
-        known = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
-    plain = text.isascii() and text.isprintable() and " " not in text
-    return known and plain and not (parts.query or parts.fragment or parts.username or parts.password)
 
 
 def _health(value: Value) -> HealthConfig:

@@ -15,8 +15,8 @@ from exporter.slo.events import concerns, events_of, is_counted, latency_of
 from exporter.slo.words import good_event
 
 if TYPE_CHECKING:
-    from exporter.config import Slo
     from exporter.slis import Series, Sli, Slis
+    from exporter.slo.declared import Slo
     from exporter.slo.events import Events
 
 EVERY_NS: Final = 10_000_000_000

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from exporter.config import MAX_SERVICES, Alertmanager, Match, Service, Slo
+from exporter.config import MAX_SERVICES, Alertmanager, Match, Service
+from exporter.slo.declared import Slo
 from probes.errors import ConfigError
 
 if TYPE_CHECKING:

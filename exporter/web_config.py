@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from exporter.config import Value, did_you_mean, document, read_regular, read_text, shown
+from exporter.document import Value, did_you_mean, document, read_regular, read_text, shown
 
 if TYPE_CHECKING:
     import ssl

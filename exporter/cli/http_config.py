@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from exporter.config import Value, document, read_regular, read_text
+from exporter.document import Value, document, read_regular, read_text
 
 OPTION: Final = "--http.config.file"
 _EMPTY: Final = "write basic_auth or tls_config, or leave the option out"

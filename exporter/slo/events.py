@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from exporter.config import SLO_ABORTS, SLO_CACHE, SLO_ERRORS, SLO_METRIC, SLO_SPEED, Slo
 from exporter.request import Failure
 from exporter.slis import Sli
+from exporter.slo.declared import SLO_ABORTS, SLO_CACHE, SLO_ERRORS, SLO_METRIC, SLO_SPEED, Slo
 
 if TYPE_CHECKING:
     from exporter.kv_cache import Lookups

@@ -9,21 +9,14 @@ from typing import TYPE_CHECKING, Final
 
 from prometheus_client.utils import floatToGoString
 
-from exporter.config import (
-    SLO_ABORTS,
-    SLO_CACHE,
-    SLO_ERRORS,
-    SLO_METRIC,
-    SLO_REASONS,
-    SLO_SPEED,
-    known_metrics,
-)
 from exporter.labels import safe
+from exporter.slo.declared import SLO_ABORTS, SLO_CACHE, SLO_ERRORS, SLO_METRIC, SLO_REASONS, SLO_SPEED, known_metrics
 from exporter.slo.model import WINDOW, Events, Measure, Objective, quoted, selector
 from exporter.slo.words import sentence
 
 if TYPE_CHECKING:
-    from exporter.config import Config, Slo
+    from exporter.config import Config
+    from exporter.slo.declared import Slo
 
 ALERT: Final = "ErrorBudgetBurn"
 HOST: Final = "host"

@@ -7,7 +7,8 @@ import re
 from decimal import Decimal, InvalidOperation
 from typing import Final
 
-from exporter.config import MAX_SLOS, Value, document, read_text, shown
+from exporter.document import Value, document, read_text, shown
+from exporter.slo.declared import MAX_SLOS
 from exporter.slo.model import WINDOW, AlertStyle, Events, Measure, Objective, Ratio, selector
 from exporter.slo.native import ALERT
 

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from exporter.config import SLO_CACHE
 from exporter.families import Family, Kind, Point, Scrape, Spec
+from exporter.slo.declared import SLO_CACHE
 from exporter.slo.events import NONE, concerns, events_of, is_counted, lookups_of
 from exporter.slo.words import period, sentence
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from exporter.config import Slo
     from exporter.slis import Slis
+    from exporter.slo.declared import Slo
     from exporter.slo.events import Events
 
 MINUTE_NS: Final = 60_000_000_000

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from exporter.config import SLO_ABORTS, SLO_CACHE, SLO_ERRORS, SLO_SPEED, known_metrics
+from exporter.slo.declared import SLO_ABORTS, SLO_CACHE, SLO_ERRORS, SLO_SPEED, known_metrics
 
 if TYPE_CHECKING:
-    from exporter.config import Slo
+    from exporter.slo.declared import Slo
 
 _EVENTS: Final = {
     "ttft": "times to first token",

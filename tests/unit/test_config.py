@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 
 from exporter.config import (
-    MAX_SLOS,
-    SLO_SLIS,
     Address,
     Config,
     GpuConfig,
@@ -22,16 +20,14 @@ from exporter.config import (
     Probes,
     RecorderConfig,
     Service,
-    Slo,
     from_options,
     load,
     parse,
     parse_address,
-    parse_duration,
-    parse_percent,
-    parse_size,
 )
+from exporter.document import parse_duration, parse_percent, parse_size
 from exporter.slis import Sli
+from exporter.slo.declared import MAX_SLOS, SLO_SLIS, Slo
 from probes.errors import ConfigError
 
 FULL = """\

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from exporter.config import Slo
 from exporter.objectives import EVERY_NS, FEWEST, Crossing, Objectives, bounds
 from exporter.slis import GAPS_AT_ONCE, Series, Sli, Slis
+from exporter.slo.declared import Slo
 
 MS = 1_000_000
 START_NS = 1_000_000_000_000

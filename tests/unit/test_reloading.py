@@ -8,8 +8,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from exporter.config import Config, HeaderLabel, Limits, Match, ProbePoint, Probes, Service, Slo, parse
+from exporter.config import Config, HeaderLabel, Limits, Match, ProbePoint, Probes, Service, parse
 from exporter.reloading import MAX_ENCODED_BYTES, SPARE_SERVICES, Changed, Watch, changed, is_gone, merged, places
+from exporter.slo.declared import Slo
 from probes.errors import ConfigError
 
 A, B, C = (Service(name, Match(port=(port,))) for name, port in (("a", 80), ("b", 81), ("c", 82)))

@@ -7,10 +7,11 @@ import sys
 
 import pytest
 
-from exporter.config import SLO_REASONS, SLO_SLIS, Slo, parse
+from exporter.config import parse
 from exporter.request import Failure
 from exporter.slis import Sli
 from exporter.slo.catalogue import LIST, known, made
+from exporter.slo.declared import SLO_REASONS, SLO_SLIS, Slo
 from exporter.slo.words import period, sentence
 from probes.errors import ConfigError
 

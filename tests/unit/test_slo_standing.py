@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exporter.cli import main
-from exporter.config import Slo
 from exporter.families import Scrape
 from exporter.objectives import bounds
 from exporter.slis import Slis
+from exporter.slo.declared import Slo
 from exporter.slo.standing import Told, read, show
 from exporter.slo.status import SloStatus, slo_families
 from exporter.status import ReaderStatus

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter.config import Slo
 from exporter.families import Scrape
 from exporter.kv_cache import Source
 from exporter.objectives import bounds
 from exporter.request import Capture, Failure, FinishedRequest, Phase
 from exporter.slis import Series, Slis
 from exporter.slo import status as module
+from exporter.slo.declared import Slo
 from exporter.slo.status import BURN_WINDOWS_S, STEPS, SloStatus, Standing, slo_families
 from exporter.status import ReaderStatus
 
