@@ -80,10 +80,11 @@ check: need-check $(VENV)/.footlight-dev bpf ## ruff, mypy --strict, clang-forma
 
 .PHONY: bench
 bench: need-bench $(VENV)/.footlight-dev bpf native ## every benchmark: reader, truth, overhead, paths, scale, faults, quota, cuda, alerts, health (root; an hour)
-	@for name in reader truth overhead paths scale faults quota cuda alerts health; do \
-		[ -e benchmarks/$$name.py -o -e benchmarks/$$name/__main__.py ] || continue; \
-		echo; echo "== $$name: $(PY) -m benchmarks.$$name"; $(PY) -m benchmarks.$$name; \
-	done
+	@failed=; \
+	for name in reader truth overhead paths scale faults quota cuda alerts health; do \
+		echo; echo "== $$name: $(PY) -m benchmarks.$$name"; $(PY) -m benchmarks.$$name || failed="$$failed $$name"; \
+	done; \
+	[ -z "$$failed" ] || { echo; echo "missed a bar, or failed:$$failed" >&2; exit 1; }
 
 .PHONY: docs
 docs: need-build $(VENV)/.footlight-dev bpf ## write what is generated: docs/metrics.md, exporter/slo/metrics.json, dashboards/*.json

@@ -313,7 +313,7 @@ class TraceFront:
         self._end_ns: int | None = None
         self._shown = 0
         self._labels: tuple[str, ...] = ()
-        self._colour: Final = self._out.file.isatty() and "NO_COLOR" not in os.environ
+        self._colour: Final = self._out.file.isatty() and not os.environ.get("NO_COLOR")
         # one offset for the whole run: instants keep their order and distances when the wall clock is set
         self._wall_offset_ns: Final = self._clock.wall_ns() - self._clock.monotonic_ns()
 

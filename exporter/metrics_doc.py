@@ -52,7 +52,7 @@ def page() -> str:
         parts.extend(_row(spec) for spec in mine)
     parts.append("\n## Bucket bounds, in seconds\n\n| metric | bounds |\n| --- | --- |\n")
     parts.extend(
-        f"| `{spec.name}` | {' '.join(f'{bound:g}' for bound in spec.bounds)} |\n"
+        f"| `{spec.name}` | {' '.join(f'{bound:.12g}' for bound in spec.bounds)} |\n"
         for spec in specs
         if spec.kind is Kind.HISTOGRAM
     )

@@ -44,7 +44,7 @@ class Bar:
 def need_root() -> None:
     """Raise click.ClickException unless this is root."""
     if os.geteuid() != 0:
-        raise click.ClickException("the agent needs root to load BPF programs; run it with sudo")
+        raise click.ClickException("loading BPF programs needs root; run it with sudo")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], notes: str = "") -> Group:

@@ -11,7 +11,7 @@ import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from exporter.cli import usage_error
 from exporter.cli.http_config import Access, load
 from exporter.cli.options import agent_options
 from exporter.config import DEFAULT_PORT
+from exporter.document import http_url
 from probes.errors import FootlightError
 
 TIMEOUT_S: Final = 30.0
@@ -66,6 +67,24 @@ class Url:
             why = reason if isinstance(reason, ssl.SSLError) else getattr(reason, "strerror", None) or reason
             raise FootlightError(f"no agent answers at {self.base}: {why}", step) from error
         return response
+
+    def read(self, path: str, most_bytes: int) -> bytes:
+        """GET a page, up to so many bytes of it. Raises as `open` does, and where it breaks off."""
+        with self.open(path) as response:
+            return self._went_on(lambda: response.read(most_bytes))
+
+    def lines(self, path: str) -> Iterator[bytes]:
+        """GET a page line by line. Raises as `read` does."""
+        with self.open(path) as response:
+            while line := self._went_on(response.readline):
+                yield line
+
+    def _went_on(self, read: Callable[[], bytes]) -> bytes:
+        try:
+            return read()
+        except (OSError, http.client.HTTPException) as error:
+            reason = str(error) or type(error).__name__
+            raise FootlightError(f"the answer of {self.base} broke off: {reason}", "the log of the agent") from error
 
 
 def agent_or_url(*, level: int, reads: bool = False) -> Callable[[Callable[..., int]], Callable[..., int]]:
@@ -154,7 +173,7 @@ def _agent(url: str, http_config: Path | None) -> Url:
 
 def _checked(url: str) -> str:
     given = url if "://" in url else f"http://{url}"
-    parts = urllib.parse.urlsplit(given)
-    if parts.scheme not in {"http", "https"} or not parts.netloc or parts.query or parts.fragment:
+    parts = http_url(given)
+    if parts is None or parts.query or parts.fragment:
         raise usage_error(f"{url!r} is no address of an agent", "--url http://127.0.0.1:9466")
     return given

@@ -67,7 +67,7 @@ class Screen:
         if not self._console.is_terminal and width is None:
             self._console.width = PLAIN_WIDTH
         self._width: Final = max(LEAST_WIDTH, self._console.width)
-        self._coloured: Final = self._console.color_system is not None and "NO_COLOR" not in os.environ
+        self._coloured: Final = self._console.color_system is not None and not os.environ.get("NO_COLOR")
 
     def say(self, text: str) -> None:
         """Print a sentence."""

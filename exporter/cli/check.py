@@ -103,6 +103,6 @@ def _as_json(finding: Check) -> str:
 def _as_text(finding: Check) -> str:
     mark, colour = ("ok  ", "green") if finding.ok else ("FAIL", "red") if finding.required else ("note", "yellow")
     # click drops the colour on a pipe, but does not know NO_COLOR
-    shown = mark if "NO_COLOR" in os.environ else click.style(mark, fg=colour)
+    shown = mark if os.environ.get("NO_COLOR") else click.style(mark, fg=colour)
     line = f" {shown} {finding.name:<20} {finding.detail}"
     return line if finding.ok or not finding.next_step else f"{line}\n{'':<26} try: {finding.next_step}"

@@ -57,6 +57,12 @@ def demo(rate: float, seed: int, duration: float | None, listen: str, transport:
 
     Needs root and a checkout of the repository. The service's words are noise, its work is real: two small
     transformers with random weights. Ctrl-C ends everything.
+
+    \b
+    Examples:
+      footlight demo
+      footlight demo --rate 2 --duration 60
+      footlight demo --listen 127.0.0.1:9500
     """
     from exporter import attacher
     from exporter.fronts import TopFront

@@ -31,10 +31,8 @@ def health(agent: Url, as_json: bool, check: bool) -> int:
       footlight health
       footlight health --url http://10.0.0.7:9466 --check && echo fine
     """
-    with agent.open("/api/live") as response:
-        raw = response.read(_MOST_BYTES)
     try:
-        told = json.loads(raw)["health"]
+        told = json.loads(agent.read("/api/live", _MOST_BYTES))["health"]
         bad = any(signal["anomalous"] for service in told["services"] for signal in service["signals"])
     except (ValueError, KeyError, TypeError) as error:
         step = "an agent of this version: footlight run"

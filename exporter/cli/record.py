@@ -56,8 +56,9 @@ def record(asked: Request | Url, seconds: float, output: Path | None, force: boo
     """
     from exporter.recordings import RecordFront, default_name
 
-    # /dev/stdout is a link, which must not be replaced
-    path = (output or Path(default_name(time.time_ns(), compress=True))).resolve()
+    path = output or Path(default_name(time.time_ns(), compress=True))
+    if not _is_special(path):
+        path = path.resolve()  # a link is not replaced by a file: what it leads to is
     compress = path.name.endswith(".gz")
     if path.is_file() and not force:
         raise usage_error(f"{path} exists already", "--force, or another name with --output")
@@ -83,11 +84,16 @@ def record(asked: Request | Url, seconds: float, output: Path | None, force: boo
     return 0
 
 
+def _is_special(path: Path) -> bool:
+    """Whether it is a pipe or a device, such as what /dev/stdout leads to: a pipe there has no other name."""
+    return path.exists() and not path.is_file()
+
+
 @contextlib.contextmanager
 def _complete(path: Path) -> Iterator[IO[bytes]]:
     """A file that has its name only when it is complete, or the stream itself where `path` is a pipe or device."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    special = path.exists() and not path.is_file()
+    special = _is_special(path)
     try:
         file = path.open("wb") if special else part.open("xb")
     except OSError as error:

@@ -190,8 +190,7 @@ def status(agent: Url, as_json: bool, check: bool) -> int:
     """
     from exporter.slo.standing import read, show
 
-    with agent.open("/metrics") as response:
-        told = read(response.read(_MOST_BYTES).decode("utf-8", "replace"))
+    told = read(agent.read("/metrics", _MOST_BYTES).decode("utf-8", "replace"))
     if as_json:
         for each in told:
             click.echo(json.dumps(each.as_json(), ensure_ascii=False))

@@ -110,8 +110,7 @@ def why(
 
 def _asked(url: Url) -> Iterator[JsonObject]:
     """What a running agent knows of the slow requests and a sample of the others, of the last minutes."""
-    with url.open("/api/why") as response:
-        yield from _objects(response, url.base)
+    yield from _objects(url.lines("/api/why"), url.base)
 
 
 def _read(path: Path) -> Iterator[JsonObject]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.reader.__main__ import BCC, RING, C, Row, Run, expected, summed, unmet
+from benchmarks.reader.__main__ import BCC, RING, C, Row, Run, bars, expected, summed
 from benchmarks.reader.headers import borrowed_headers
 
 
@@ -24,15 +24,17 @@ def row(name: str, per_cpu_second: float, lost: int = 0, offered_per_second: flo
     ("rows", "missed"),
     [
         ([row(RING, 80e6), row(BCC, 2e6), row(C, 200e6)], []),
-        ([row(RING, 79e6), row(BCC, 2e6), row(C, 197e6)], ["39.5 times"]),
-        ([row(RING, 80e6), row(BCC, 2e6), row(C, 201e6)], ["0.40 of the C program"]),
-        ([row(RING, 80e6, lost=1), row(BCC, 2e6), row(C, 200e6)], ["lost 1 records"]),
-        ([row(RING, 80e6, offered_per_second=2.9e6), row(BCC, 2e6), row(C, 200e6)], ["offered 2900000"]),
-        ([row(RING, 80e6), row(C, 200e6)], ["not every reader ran"]),
+        ([row(RING, 79e6), row(BCC, 2e6), row(C, 197e6)], ["BCC"]),
+        ([row(RING, 80e6), row(BCC, 2e6), row(C, 201e6)], ["C program"]),
+        ([row(RING, 80e6, lost=1), row(BCC, 2e6), row(C, 200e6)], ["lost"]),
+        ([row(RING, 80e6, offered_per_second=2.9e6), row(BCC, 2e6), row(C, 200e6)], ["offered"]),
+        ([row(RING, 80e6), row(C, 200e6)], ["BCC"]),
     ],
 )
 def test_what_is_missed_is_named(rows: list[Row], missed: list[str]) -> None:
-    assert [any(each.startswith(start) for start in missed) for each in unmet(rows)] == [True] * len(missed)
+    found = [bar.what for bar in bars(rows) if not bar.met]
+    assert len(found) == len(missed)
+    assert all(word in what for word, what in zip(missed, found, strict=True))
 
 
 def test_runs_are_summed_and_their_rates_kept_apart() -> None:
