@@ -28,7 +28,7 @@ from exporter.config import OFF
 from exporter.labels import safe
 from exporter.parting import CONFIG_PACKET, CRASHED, STATUS_PACKET, Inheritance, fork_reader
 from exporter.recordings import open_folder
-from exporter.reloading import MAX_ENCODED_BYTES, Changed, Watch, changed, is_gone, merged, places
+from exporter.reloading import MAX_ENCODED_BYTES, Changed, changed, is_gone, merged, places
 from exporter.run_stats import RunStats
 from exporter.status import (
     AgentStatus,
@@ -81,6 +81,8 @@ _OTHER_PROBES: Final[tuple[type[Probe], ...]] = (
 )
 _SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP})
 _SO_SNDBUFFORCE: Final = 32
+_PACKET_OVERHEAD: Final = 64
+"""What the kernel and the packet's kind take of a socket's send buffer."""
 _USAGE_EVERY: Final = 5
 _TGIDS: Final = 4096
 """Processes that a report names, of all services: a packet on a socket has an end."""
@@ -147,7 +149,7 @@ class _Reloads:
 
     def __init__(self, source: Source) -> None:
         self.read = source.read
-        self.watch = Watch(source.path)
+        self.watch = source.watch
         self._asked, self.asking_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         fcntl.fcntl(self._asked, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(self._asked, fcntl.F_SETSIG, signal.SIGHUP)
@@ -162,7 +164,8 @@ class _Reloads:
         os.close(self.asking_fd)
 
     def heard(self) -> None:
-        """Take what was asked."""
+        """Take what was asked, and what the file became: it is read now."""
+        self.watch.changed()
         with contextlib.suppress(BlockingIOError):
             while os.read(self._asked, 4096):
                 pass
@@ -353,7 +356,13 @@ class _Attacher:
             return
         self._reloads.heard()
         try:
-            config = merged(self._config, self._reloads.read(), self._probes.room)
+            config = merged(
+                self._config,
+                self._reloads.read(),
+                self._probes.room,
+                labels=self._labels,
+                most_bytes=self._packet_bytes,
+            )
         except ConfigError as error:
             place = f"{error.path}:{error.line}: " if error.path and error.line else ""
             self._reloads.failed(f"{place}{error.what}; try: {error.next_step}")
@@ -515,6 +524,9 @@ class _Attacher:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with contextlib.suppress(OSError):  # without the right to it, a packet of 200 kB is the largest
             ours.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, 2 * MAX_ENCODED_BYTES)
+        room = ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) - _PACKET_OVERHEAD
+        self._packet_bytes = min(MAX_ENCODED_BYTES, room)
+        self._labels = self._config.label_names
         self._unsent = None  # a new reader begins with the configuration of now
         self._discovery.reconfigure(self._config.services)
         with theirs:

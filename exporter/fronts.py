@@ -43,6 +43,10 @@ TRACE_COLUMNS: Final = (
 class Rows(Protocol):
     """What a live table asks of the SLIs."""
 
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The configured labels, in the order of a request's `extra` values."""
+
     def rows(self) -> Sequence[Row]:
         """One row per service, model and API, over the window."""
 
@@ -323,7 +327,7 @@ class TraceFront:
 
     def started(self, reader: Reader) -> None:
         """Print the header; the time starts to count."""
-        self._labels = reader.config.label_names
+        self._labels = reader.slis.label_names
         if self._duration_ns is not None:
             self._end_ns = self._clock.monotonic_ns() + self._duration_ns
         if not self._as_json:
@@ -453,7 +457,7 @@ def trace_object(request: FinishedRequest, wall_ns: int, label_names: Sequence[s
         "service": safe(request.service),
         "model": None if request.model is None else safe(request.model),
         "api": request.api,
-        "labels": dict(zip(label_names, map(safe, request.extra), strict=False)),
+        "labels": dict(zip(label_names, map(safe, request.extra), strict=True)),
         "method": safe(request.method),
         "target": safe(request.target),
         "peer": safe(request.peer),

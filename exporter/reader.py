@@ -277,7 +277,7 @@ class Reader:
         """What is known of the requests of the last minutes that have a path, as JSON lines."""
         self._catch_up()
         offset_ns = time.time_ns() - time.monotonic_ns()
-        labels = self.config.label_names
+        labels = self.slis.label_names
         for explained in self.paths.recent() if self.paths else ():
             told = encode(explained, explained.request.finished_ns + offset_ns, labels)
             yield msgspec.json.encode(told) + b"\n"

@@ -32,9 +32,9 @@ _FIXED: Final = ("listen", "probes", "limits", "recorder", "health", "gpu", "pro
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a configuration comes from: the file to watch, and how to read it (raises ConfigError)."""
+    """Where a configuration comes from: its file, watched since before it was read, and how (raises ConfigError)."""
 
-    path: Path
+    watch: Watch
     read: Callable[[], Config]
 
 
@@ -61,10 +61,18 @@ def is_gone(service: Service) -> bool:
     return service.match == _NOBODY
 
 
-def merged(running: Config, wanted: Config, room: int) -> Config:
+def merged(
+    running: Config,
+    wanted: Config,
+    room: int,
+    *,
+    labels: Sequence[str] | None = None,
+    most_bytes: int = MAX_ENCODED_BYTES,
+) -> Config:
     """The configuration to go on with: what is wanted, with each service in its place.
 
-    Raises ConfigError where only a restart can bring what is wanted, or more than `room` services were named in all.
+    `labels` are those that the series have, by default the running configuration's. Raises ConfigError where only a
+    restart can bring what is wanted, more than `room` services were named in all, or it needs more than `most_bytes`.
     """
     for section in _FIXED:
         if getattr(wanted, section) != getattr(running, section):
@@ -72,7 +80,7 @@ def merged(running: Config, wanted: Config, room: int) -> Config:
                 f"{section}: it changed, and is only read when the agent starts",
                 "restart the agent, or put it back as it was",
             )
-    new_labels = set(wanted.label_names) - set(running.label_names)
+    new_labels = set(wanted.label_names) - set(running.label_names if labels is None else labels)
     if new_labels:
         raise ConfigError(
             f"labels: {', '.join(sorted(new_labels))} is new, and every series would need it",
@@ -86,8 +94,8 @@ def merged(running: Config, wanted: Config, room: int) -> Config:
         )
     made = msgspec.structs.replace(wanted, services=services, web=running.web)
     size = len(msgspec.json.encode(changed(made)))
-    if size > MAX_ENCODED_BYTES:
-        raise ConfigError(f"the configuration has {size} bytes", f"keep it below {MAX_ENCODED_BYTES}, or restart")
+    if size > most_bytes:
+        raise ConfigError(f"the configuration has {size} bytes", f"keep it below {most_bytes}, or restart the agent")
     return made
 
 

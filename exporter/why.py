@@ -363,7 +363,7 @@ class WhyFront:
 
     def started(self, reader: Reader) -> None:
         """The time starts to count."""
-        self._labels = reader.config.label_names
+        self._labels = reader.slis.label_names
         if self._duration_ns is not None:
             self._end_ns = self._clock.monotonic_ns() + self._duration_ns
         if sys.stderr.isatty() and not self._follow:

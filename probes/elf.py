@@ -75,8 +75,7 @@ def find_functions(fd: int, names: Iterable[str]) -> Functions:
     wanted = set(names)
     offsets: dict[str, int] = {}
     for kind in (_SHT_DYNSYM, _SHT_SYMTAB):
-        # there is one of each: a file that claims thousands is not read thousands of times
-        section = next((each for each in sections if each.kind == kind), None)
+        section = _first(sections, kind)
         if section is not None and wanted - offsets.keys():
             symbols, strings = _table(fd, section), _strings(fd, sections, section)
             for name in sorted(wanted - offsets.keys()):
@@ -164,15 +163,20 @@ def _occurrences(data: bytes, what: bytes, step: int, limit: int) -> Iterator[in
 
 
 def _soname(fd: int, sections: list[_Section]) -> str:
-    for section in sections:
-        if section.kind != _SHT_DYNAMIC:
-            continue
-        raw = _table(fd, section)
-        for tag, value in _TAG.iter_unpack(raw[: len(raw) // _TAG.size * _TAG.size]):
-            if tag == _DT_SONAME:
-                strings = _strings(fd, sections, section)
-                return os.fsdecode(strings[value : strings.find(b"\0", value)][:256])
+    section = _first(sections, _SHT_DYNAMIC)
+    if section is None:
+        return ""
+    raw = _table(fd, section)
+    for tag, value in _TAG.iter_unpack(raw[: len(raw) // _TAG.size * _TAG.size]):
+        if tag == _DT_SONAME:
+            strings = _strings(fd, sections, section)
+            return os.fsdecode(strings[value : strings.find(b"\0", value)][:256])
     return ""
+
+
+def _first(sections: Iterable[_Section], kind: int) -> _Section | None:
+    """The section of a kind of which a file has one: what claims thousands is not read thousands of times."""
+    return next((each for each in sections if each.kind == kind), None)
 
 
 def _strings(fd: int, sections: list[_Section], of: _Section) -> bytes:

@@ -14,7 +14,7 @@ import msgspec
 
 from exporter.cli import set_up_log, usage_error
 from exporter.config import MAX_PID, Config, from_options, load, parse_address
-from exporter.reloading import Source
+from exporter.reloading import Source, Watch
 from probes.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def agent_options(*, serves: bool, level: int) -> Callable[[Callable[..., int]],
             web = None if web_config is None else _load_web(web_config)
             source = None
             if config is not None:
-                source = Source(config, functools.partial(_load, config, listen, web))
+                source = Source(Watch(config), functools.partial(_load, config, listen, web))
                 wanted = source.read()
             elif any((port, pid, exe, cmdline, cgroup)):
                 wanted = from_options(

@@ -137,7 +137,7 @@ class SloStatus:
     def reconfigure(self, slos: Sequence[Slo]) -> None:
         """Go on with other objectives. One that is as it was keeps its counters; another begins now, at zero."""
         now_ns = self._clock()
-        self.tick(now_ns)
+        self._count(now_ns)
         places = {slo: number for number, slo in enumerate(slos)}
         self._rows = {
             (places[row.slo], service, model): row

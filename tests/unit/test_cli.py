@@ -86,6 +86,7 @@ class FakeClock(Clock):
 @dataclass
 class FakeSlis:
     answer: list[Row] = field(default_factory=list)
+    label_names: tuple[str, ...] = ("release",)
 
     def rows(self) -> list[Row]:
         return self.answer
@@ -243,7 +244,7 @@ def test_a_configuration_can_be_read_again_as_it_was(monkeypatch: pytest.MonkeyP
     file.write_text("listen: 127.0.0.1:1\nservices:\n  - {name: a, match: {port: 80}}\n")
     assert footlight("run", "--config", str(file), "--listen", "127.0.0.1:2").exit_code == 0
     (source,) = sources
-    assert source.path == file
+    assert source.watch.path == file
     file.write_text("services:\n  - {name: a, match: {port: 81}}\n")
     assert source.read().services[0].match == Match(port=(81,))
     assert source.read().listen.port == 2  # the option still stands
@@ -721,11 +722,11 @@ def test_trace_json_has_units_and_null_for_what_was_not_measured() -> None:
         "causes": None,
     }
     because = replace(REQUEST, causes=Causes({"on_cpu": 3 * MS, "lock": 35 * MS}, {"sleep": 300 * MS}))
-    told = trace_object(because, 0, ())
+    told = trace_object(because, 0, ("release",))
     assert told["causes"] == {"ttft": {"on_cpu": 0.003, "lock": 0.035}, "decode": {"sleep": 0.3}}
     assert told["causes_sampled"] is True
     less = replace(REQUEST, streamed=False, capture=Capture.arrival_unseen, aborted=Phase.waiting, frames=1)
-    told = trace_object(less, 0, ())
+    told = trace_object(less, 0, ("release",))
     assert (told["read_delay_seconds"], told["time_to_first_token_seconds"]) == (None, None)
     assert (told["mean_inter_token_latency_seconds"], told["outcome"], told["aborted_while"]) == (
         None,
@@ -739,7 +740,7 @@ def test_what_strangers_sent_does_not_reach_the_terminal() -> None:
     line = trace_line(hostile, 0)
     assert line.isprintable()
     line.encode("utf-8")
-    told = trace_object(hostile, 0, ())
+    told = trace_object(hostile, 0, ("release",))
     assert all(value.isprintable() for value in told.values() if isinstance(value, str))
 
 

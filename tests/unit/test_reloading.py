@@ -69,6 +69,14 @@ def test_a_new_label_needs_a_restart_but_other_values_do_not() -> None:
     assert go_on(running, A, B).label_names == ()  # it is absent from now on, and known to the series
 
 
+def test_a_label_that_the_series_have_may_come_back() -> None:
+    labelled = Service("a", A.match, RELEASE)
+    without = go_on(Config(services=(labelled, B)), A, B)
+    with pytest.raises(ConfigError, match="labels: release is new"):
+        go_on(without, labelled, B)
+    assert merged(without, Config(services=(labelled, B)), 18, labels=("release",)).services[0] == labelled
+
+
 def test_there_is_room_for_so_many_services_and_no_more() -> None:
     assert places(RUNNING) == 2 + SPARE_SERVICES
     many = [Service(f"s{number}", Match(port=(number + 1,))) for number in range(3)]
@@ -82,6 +90,9 @@ def test_what_does_not_fit_a_packet_is_refused() -> None:
     with pytest.raises(ConfigError, match="bytes"):
         go_on(RUNNING, long)
     assert MAX_ENCODED_BYTES < 400 * 4000
+    with pytest.raises(ConfigError, match="bytes") as caught:
+        merged(RUNNING, RUNNING, 18, most_bytes=53)
+    assert "below 53" in caught.value.next_step
 
 
 def test_what_crosses_comes_out_as_it_went_in() -> None:

@@ -285,6 +285,14 @@ def test_other_objectives_leave_one_that_stays_alone_and_begin_at_zero() -> None
     assert world.standing().covered_s == pytest.approx(720)
 
 
+def test_what_began_within_the_minute_is_not_lost_to_one_that_stays() -> None:
+    world = World(TTFT)
+    world.minutes(3)
+    world.first_tokens(3, 50, "new")
+    world.status.reconfigure((TTFT, Slo("slow", "ttft", 1, 0.9)))
+    assert world.standing(model="new").bad == 50
+
+
 def test_an_objective_that_comes_back_or_became_another_begins_again() -> None:
     world = World(TTFT)
     world.first_tokens(17, 6)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from probes import elf
 from probes.elf import ElfError, find_functions, find_usdt_probes
 from probes.errors import ProbeError
 from probes.libbpf import Object
@@ -300,6 +301,19 @@ def test_a_function_is_found_where_it_is() -> None:
 def test_damage_is_said(damage: Callable[[bytes], bytes], words: str) -> None:
     with pytest.raises(ElfError, match=words):
         find_functions_of(damage(IMAGE))
+
+
+def test_a_table_that_is_claimed_a_thousand_times_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sections_at = int.from_bytes(IMAGE[40:48], "little")
+    count = int.from_bytes(IMAGE[60:62], "little")
+    image = bytearray(IMAGE[:sections_at])
+    sections = [IMAGE[sections_at + 64 * number :][:64] for number in range(count)]
+    image += b"".join(sections + [each for each in sections if int.from_bytes(each[4:8], "little") in (2, 6, 11)] * 997)
+    image[60:62] = ((len(image) - sections_at) // 64).to_bytes(2, "little")
+    reads = []
+    monkeypatch.setattr(elf, "_table", lambda fd, section, real=elf._table: reads.append(section) or real(fd, section))
+    assert list(find_functions_of(bytes(image), [EXPORTED, "no_such"])) == [EXPORTED]
+    assert len(reads) == len(set(reads)) <= 6
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))

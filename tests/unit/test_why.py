@@ -329,6 +329,8 @@ class HandClock(Clock):
 
 
 class NoRows:
+    label_names = ()
+
     def rows(self) -> list[Any]:
         return []
 
