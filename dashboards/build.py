@@ -1,11 +1,12 @@
-"""Write dashboards/*.json from the code beside it: `python -m dashboards.build`; with --check, say which are stale."""
+"""Writes dashboards/*.json from the code beside it: `python -m dashboards.build`."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
+
+import click
 
 from dashboards.agent import agent
 from dashboards.gpu import gpu
@@ -34,17 +35,18 @@ def stale() -> list[str]:
     return sorted(name for name in made.keys() | there.keys() if made.get(name) != there.get(name))
 
 
-def main() -> int:
-    """Write them, or with --check compare them; returns the exit status."""
-    if sys.argv[1:] == ["--check"]:
+@click.command(help=__doc__)
+@click.option("--check", is_flag=True, help="Write nothing; exit 1 when a file is not what would be written.")
+def main(check: bool) -> None:
+    """See the module's docstring, which is the command's help."""
+    if check:
         names = stale()
         if names:
-            sys.stderr.write(f"stale: {', '.join(names)}; run: python -m dashboards.build\n")
-        return int(bool(names))
+            raise click.ClickException(f"stale: {', '.join(names)}; run: make docs")
+        return
     for name, text in dashboards().items():
         (FOLDER / name).write_text(text, encoding="utf-8")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -372,7 +372,8 @@ def shown(text: str) -> str:
 
 
 def _size(size: int) -> str:
-    return f"{size // 2**30}GiB" if size >= 2**30 else f"{size // 2**20}MiB"
+    unit = max((bytes_, unit) for unit, bytes_ in _SIZE_UNITS.items() if bytes_ <= size and size % bytes_ == 0)
+    return f"{size // unit[0]}{unit[1]}"
 
 
 def _time(seconds: float) -> str:

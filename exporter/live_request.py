@@ -150,11 +150,6 @@ class Request:
         return self._sse is not None
 
     @property
-    def has_wasted(self) -> bool:
-        """Whether frames were handed over after the client had left."""
-        return self._wasted > 0
-
-    @property
     def first_token(self) -> tuple[int, int] | None:
         """When its first token was handed over and the thread that did it; None where that was not seen."""
         return None if self._first_token_ns is None else (self._first_token_ns, self._first_token_tid)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from exporter.config import NONE
-from exporter.slo.events import concerns, events_of, is_counted, latency_of
+from exporter.slo.events import concerns, events_by_labels, is_counted, latency_of
 from exporter.slo.words import good_event
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 EVERY_NS: Final = 10_000_000_000
 SNAPSHOTS: Final = 31
-"""Kept for each series and objective: five minutes."""
+"""Kept for each of them and each objective: five minutes."""
 FEWEST: Final = 20
 """Of fewer events nothing is said."""
 
@@ -51,14 +51,17 @@ def bounds(slos: Iterable[Slo]) -> Mapping[str, Sequence[float]]:
     return wanted
 
 
+Key = tuple["Slo", tuple[str, ...]]  # an objective, and the labels of a series or model
+
+
 class Objectives:
     """Watches the series of `slis`."""
 
     def __init__(self, slos: Sequence[Slo], slis: Slis) -> None:
         self._slos = [slo for slo in slos if is_counted(slo)]
         self._slis = slis
-        self._history: dict[tuple[Slo, Series], deque[Events]] = {}
-        self._missed: set[tuple[Slo, Series]] = set()
+        self._history: dict[Key, deque[Events]] = {}
+        self._missed: set[Key] = set()
         self._next_ns = 0
 
     def reconfigure(self, slos: Sequence[Slo]) -> None:
@@ -68,8 +71,9 @@ class Objectives:
         self._missed = {key for key in self._missed if key[0] in self._slos}
         self._slis.flush(self._slis.clock())
         for slo in self._slos:
-            for series in self._slis.all_series() if slo not in before else ():
-                self._history[slo, series] = deque([events_of(slo, series)], SNAPSHOTS)
+            if slo not in before:
+                for labels, events in events_by_labels(slo, self._slis):
+                    self._history[slo, labels] = deque([events], SNAPSHOTS)
 
     def threshold(self, series: Series, sli: Sli) -> float | None:
         """The strictest threshold of a latency in this series, in seconds; None without an objective."""
@@ -88,15 +92,13 @@ class Objectives:
         self._slis.flush(now_ns)
         crossings = []
         for slo in self._slos:
-            for series in self._slis.all_series():
-                if concerns(slo, *series.labels[:2]):
-                    crossings += self._look(slo, series)
+            for labels, events in events_by_labels(slo, self._slis):
+                crossings += self._look((slo, labels), events)
         return crossings
 
-    def _look(self, slo: Slo, series: Series) -> list[Crossing]:
-        key = (slo, series)
+    def _look(self, key: Key, now: Events) -> list[Crossing]:
+        slo, labels = key
         history = self._history.setdefault(key, deque([(0, 0)], SNAPSHOTS))
-        now = events_of(slo, series)
         good, total = now[0] - history[0][0], now[1] - history[0][1]
         history.append(now)
         if total < FEWEST:
@@ -107,4 +109,4 @@ class Objectives:
         if key in self._missed:
             return []
         self._missed.add(key)
-        return [Crossing(slo, series.labels, good / total)]
+        return [Crossing(slo, labels, good / total)]

@@ -38,7 +38,6 @@ _BPF_F_UPROBE_MULTI_RETURN: Final = 1
 _SYS_BPF: Final = {"x86_64": 321, "aarch64": 280}
 
 MAP_TYPE_RINGBUF: Final = 27
-MAP_TYPE_PERF_EVENT_ARRAY: Final = 4
 _PER_CPU_MAP_TYPES: Final = frozenset({5, 6, 10, 21})  # per-CPU hash, array, LRU hash, cgroup storage
 
 _pointer = ctypes.c_void_p
@@ -174,14 +173,6 @@ def has_ring_buffer() -> bool:
     if descriptor == -errno.EPERM:
         raise _failure("cannot make a BPF map", errno.EPERM)
     return False
-
-
-def has_tracepoint(category: str, name: str, tracefs: Path = Path("/sys/kernel/tracing")) -> bool:
-    """Say whether the classic tracepoint is there, and readable for this process."""
-    try:
-        return (tracefs / "events" / category / name / "id").exists()
-    except PermissionError:
-        return False
 
 
 def has_btf_tracepoint(name: str) -> bool:

@@ -9,8 +9,9 @@ from exporter.slis import Sli
 from exporter.slo.declared import SLO_ABORTS, SLO_CACHE, SLO_ERRORS, SLO_METRIC, SLO_SPEED, Slo
 
 if TYPE_CHECKING:
-    from exporter.kv_cache import Lookups
-    from exporter.slis import Series
+    from collections.abc import Iterator
+
+    from exporter.slis import Series, Slis
 
 Events = tuple[int, int]
 """Good ones, and all."""
@@ -50,6 +51,18 @@ def events_of(slo: Slo, series: Series) -> Events:
     return NONE
 
 
-def lookups_of(told: Lookups) -> Events:
-    """Prompt tokens found and looked up, where another source than the wire tells of a model's cache."""
-    return min(told.hits, told.queries), told.queries
+def events_by_labels(slo: Slo, slis: Slis) -> Iterator[tuple[tuple[str, ...], Events]]:
+    """What an objective is about, by labels: series, and models of whose cache another source than the wire tells.
+
+    Call `Slis.flush` first. Labels begin with service_name and model_name.
+    """
+    if not is_counted(slo):
+        return
+    for series in slis.all_series():
+        silent = slo.sli == SLO_CACHE and series.cache_queries is None
+        if concerns(slo, *series.labels[:2]) and not silent:
+            yield series.labels, events_of(slo, series)
+    for cache in slis.caches.models() if slo.sli == SLO_CACHE else ():
+        told = cache.counted()
+        if told is not None and concerns(slo, *cache.labels):
+            yield cache.labels, (min(told.hits, told.queries), told.queries)

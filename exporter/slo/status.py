@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from exporter.families import Family, Kind, Point, Scrape, Spec
-from exporter.slo.declared import SLO_CACHE
-from exporter.slo.events import NONE, concerns, events_of, is_counted, lookups_of
+from exporter.slo.events import NONE, events_by_labels, is_counted
 from exporter.slo.words import period, sentence
 
 if TYPE_CHECKING:
@@ -206,23 +205,10 @@ class SloStatus:
     def _events(self) -> dict[Key, Events]:
         """What was counted until now, of all series of a service and model together."""
         found: dict[Key, Events] = {}
-
-        def add(key: Key, more: Events) -> None:
-            good, total = found.get(key, NONE)
-            found[key] = good + more[0], total + more[1]
-
         for number, slo in enumerate(self.slos):
-            if not is_counted(slo):
-                continue
-            for series in self._slis.all_series():
-                service, model = series.labels[:2]
-                silent = slo.sli == SLO_CACHE and series.cache_queries is None
-                if concerns(slo, service, model) and not silent:
-                    add((number, service, model), events_of(slo, series))
-            for cache in self._slis.caches.models() if slo.sli == SLO_CACHE else ():
-                told = cache.counted()
-                if told is not None and concerns(slo, *cache.labels):
-                    add((number, *cache.labels), lookups_of(told))
+            for (service, model, *_), more in events_by_labels(slo, self._slis):
+                good, total = found.get((number, service, model), NONE)
+                found[number, service, model] = good + more[0], total + more[1]
         return found
 
     def _standing(self, key: Key, row: _Row, now_ns: int) -> Standing:

@@ -41,13 +41,11 @@ def test_a_signal_ends_everything(command: str, number: signal.Signals, threaded
         processes, programs = both(observer), observer.programs()
         assert programs <= loaded_programs()
         ask(threaded.port, script={"frames": 3})
-        began = time.monotonic()
         if number == signal.SIGINT:
             os.killpg(observer.pid, number)  # as a terminal does
         else:
             os.kill(observer.pid, number)  # as a supervisor does
         assert observer.ended(END_S) == 0, observer.said()
-        assert time.monotonic() - began < END_S
         assert_nothing_is_left(processes, programs)
         assert "Traceback" not in observer.said()
         assert "error" not in observer.said().lower()

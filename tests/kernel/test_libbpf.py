@@ -220,8 +220,6 @@ def test_without_privileges_the_host_is_at_fault(compiled: Path) -> None:
 def test_features_are_found_by_trying() -> None:
     assert libbpf.version().startswith("v1.")
     assert libbpf.has_ring_buffer()
-    assert libbpf.has_tracepoint("syscalls", "sys_enter_getpgid")
-    assert not libbpf.has_tracepoint("syscalls", "sys_enter_nothing")
     assert libbpf.has_btf_tracepoint("tcp_probe")
     assert not libbpf.has_btf_tracepoint("nothing")
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from exporter.kv_cache import Source
 from exporter.objectives import EVERY_NS, FEWEST, Crossing, Objectives, bounds
 from exporter.slis import GAPS_AT_ONCE, Series, Sli, Slis
 from exporter.slo.declared import Slo
+from tests.unit.finished import REQUEST
 
 MS = 1_000_000
 START_NS = 1_000_000_000_000
@@ -170,3 +172,12 @@ def test_other_objectives_leave_one_that_stays_alone_and_begin_with_what_comes()
     (crossing,) = world.look()
     assert crossing.slo == strict
     assert world.objectives.threshold(world.series(), Sli.TTFT) == 0.123
+
+
+def test_look_ups_that_an_engine_tells_of_count() -> None:
+    wanted = Slo("cache", "kv_cache_hit_ratio", None, 0.6)
+    world = World(wanted)
+    for _ in range(7):
+        world.series().finished(REQUEST)
+    world.slis.caches.add(Source.ENGINE, "roleplay", "bard", 101, 53, world.now_ns)
+    assert world.look() == [Crossing(wanted, ("roleplay", "bard"), 53 / 101)]
