@@ -10,42 +10,24 @@ from exporter.critical_path import Cause
 from exporter.history import History
 from exporter.live import SHOWN_SLOW, Live, Parts
 from exporter.quantiles import SLOT_NS
-from exporter.request import Capture, FinishedRequest
 from exporter.slis import CausePhase, Slis
 from exporter.status import AgentStatus, Loss, ProbeLosses, ProbeStatus, ProcessUsage, ReaderStatus, TargetStatus
 from exporter.why import Explained
+from tests.unit.finished import REQUEST as FINISHED
+from tests.unit.finished import later
 
 MS = 1_000_000
 NOW_NS = 1000 * SLOT_NS
 WALL_NS = 1_795_000_000 * 10**9
-REQUEST = FinishedRequest(
-    number=1,
+REQUEST = replace(
+    later(FINISHED, NOW_NS),
     service="stage",
     model="alto",
-    api="chat_completions",
-    extra=(),
-    streamed=True,
-    status=200,
-    arrived_ns=NOW_NS,
-    read_ns=NOW_NS + MS,
-    first_byte_ns=NOW_NS + 2 * MS,
     first_token_ns=NOW_NS + 30 * MS,
     last_token_ns=NOW_NS + 60 * MS,
     finished_ns=NOW_NS + 61 * MS,
     frames=7,
-    prompt_tokens=None,
-    completion_tokens=None,
-    cached_tokens=None,
-    wasted_tokens=0,
     longest_gap_ns=5 * MS,
-    failure=None,
-    aborted=None,
-    capture=Capture.complete,
-    method="POST",
-    target="/v1/chat/completions",
-    peer="127.0.0.1:1",
-    tgid=2,
-    tid=3,
 )
 STATUS = AgentStatus(
     NOW_NS,

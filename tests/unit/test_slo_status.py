@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from exporter.families import Scrape
 from exporter.kv_cache import Source
 from exporter.objectives import bounds
-from exporter.request import Capture, Failure, FinishedRequest, Phase
+from exporter.request import Failure, Phase
 from exporter.slis import Series, Slis
 from exporter.slo import status as module
 from exporter.slo.declared import Slo
 from exporter.slo.status import BURN_WINDOWS_S, STEPS, SloStatus, Standing, slo_families
 from exporter.status import ReaderStatus
+from tests.unit.finished import REQUEST as FINISHED
+from tests.unit.finished import later
 
 S = 1_000_000_000
 MS = 1_000_000
@@ -24,35 +26,10 @@ MINUTE = 60 * S
 START_NS = 977 * S
 TTFT = Slo("fast", "ttft", 0.3, 0.9)
 DAY = 86400
-REQUEST = FinishedRequest(
-    number=1,
-    service="roleplay",
-    model="bard",
-    api="chat_completions",
-    extra=(),
-    streamed=True,
-    status=200,
-    arrived_ns=100 * S,
-    read_ns=100 * S + MS,
-    first_byte_ns=100 * S + 2 * MS,
-    first_token_ns=101 * S,
-    last_token_ns=102 * S,
-    finished_ns=102 * S,
-    frames=11,
-    completion_tokens=11,
-    prompt_tokens=None,
-    cached_tokens=None,
-    longest_gap_ns=100 * MS,
-    failure=None,
-    aborted=None,
-    wasted_tokens=0,
-    capture=Capture.complete,
-    method="POST",
-    target="/v1/chat/completions",
-    peer="127.0.0.1:40000",
-    tgid=23,
-    tid=29,
+REQUEST = replace(
+    later(FINISHED, 100 * S), first_token_ns=101 * S, last_token_ns=102 * S, finished_ns=102 * S, completion_tokens=11
 )
+"""Eleven tokens, ten of them in the second after the first one."""
 
 
 class World:
