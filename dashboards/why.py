@@ -120,7 +120,7 @@ def _health(board: Board) -> None:
         "for long enough, it is anomalous.",
         {"{{service_name}} {{signal}}": signals},
         "none",
-        empty="What is normal is known after two minutes",
+        empty="What is normal is known after two and a half minutes",
         width=12,
         steps=((None, GREEN), (3, RED)),
     )
@@ -134,7 +134,7 @@ def _health(board: Board) -> None:
             f"(increase(footlight_descriptor_leaks_total{{{SERVICE}}}[$__rate_interval]))",
         },
         "none",
-        empty="What is normal is known after two minutes",
+        empty="What is normal is known after two and a half minutes",
         width=12,
     )
 

@@ -31,6 +31,8 @@ SETTLED_S: Final = BASELINE_S
 _MAD_TO_SIGMA: Final = 1.4826
 _P95_TO_SIGMA: Final = 1 / 1.645
 _TINY: Final = 1e-12
+_FAR: Final = 50.0
+"""Logarithms lie nearer to zero: that of `_TINY` is -28."""
 
 
 class Signal(Enum):
@@ -76,6 +78,10 @@ class Rule:
     load: Load = Load.APART
     of_processes: bool = False
 
+    def can_have(self, sample: float) -> bool:
+        """Whether a sample that was learnt can be that: the logarithm of a time, or a number of something."""
+        return abs(sample) <= _FAR if self.logarithmic else 0 <= sample < math.inf
+
 
 RULES: Final = {
     Signal.CPU: Rule("cpus", 5, 0.3, 0.5, 5, load=Load.SCALES, of_processes=True),
@@ -91,6 +97,7 @@ RULES: Final = {
 }
 LOAD: Final = Rule("per second", 10, 0.0, 0.0, 0.0)
 """Of requests that arrive, and of frames."""
+LOADS: Final = ("arrivals", "frames")
 LOAD_S: Final = 10.0
 """What the load was lately explains what it is followed by."""
 EXCUSE: Final = 2.0
@@ -136,7 +143,7 @@ class Baseline:
 
     def __init__(self, rule: Rule, known: Sequence[float] = ()) -> None:
         self._rule: Final = rule
-        self._known: deque[float] = deque((each for each in known if math.isfinite(each)), SAMPLES)
+        self._known: deque[float] = deque(known, SAMPLES)
         self._waiting: deque[float] = deque()
         self._next_sample = -math.inf
         self._over_since: float | None = None
@@ -172,7 +179,8 @@ class Baseline:
     ) -> Change | None:
         """Take the value of now, in seconds of a clock that does not go back. None is no value.
 
-        `least` overrides the rule's. `load` is how many times the normal load there is, at least 1.
+        `least` overrides the rule's. `load` is how many times the normal load there is, at least 1. At the new normal
+        nothing is forgotten yet: call `forget` when it was told what it was compared to.
         """
         self.value = value if value is not None and math.isfinite(value) else None
         self.sigmas = None
@@ -223,7 +231,6 @@ class Baseline:
     def _judge_anomaly(self, now: float) -> Change | None:
         assert self.anomalous_since is not None
         if now - self.anomalous_since >= SETTLED_S:
-            self.forget()
             return Change.NEW_NORMAL
         if self.sigmas is not None and self.sigmas >= CALM_SIGMAS:
             self._calm_since = None
@@ -286,15 +293,17 @@ class ServiceHealth:
     def __init__(self, known: dict[str, Sequence[float]] | None = None, eldest: int | None = None) -> None:
         known = known or {}
         self.baselines: Final = {signal: Baseline(rule, known.get(signal.value, ())) for signal, rule in RULES.items()}
-        self._arrivals: Final = Baseline(LOAD, known.get("arrivals", ()))
-        self._frames: Final = Baseline(LOAD, known.get("frames", ()))
+        self._arrivals, self._frames = (Baseline(LOAD, known.get(name, ())) for name in LOADS)
         self._loads: Final[deque[tuple[float, float]]] = deque()
         self.eldest = eldest
         self.anomalies: Final = dict.fromkeys(Signal, 0)
         """How many there were."""
 
     def take(self, now: float, values: Values) -> Iterator[tuple[Signal, Change]]:
-        """Take the values of now, and tell what changed. `now` is in seconds of a clock that does not go back."""
+        """Take the values of now, and tell what changed. `now` is in seconds of a clock that does not go back.
+
+        While a change is told its baseline still has what it was judged by; what is to be forgotten is so afterwards.
+        """
         if values.eldest is not None and values.eldest != self.eldest:
             if self.eldest is not None:
                 for signal, rule in RULES.items():
@@ -313,6 +322,8 @@ class ServiceHealth:
                 self.anomalies[signal] += 1
             if change is not None:
                 yield signal, change
+            if change is Change.NEW_NORMAL:
+                baseline.forget()
 
     def _load(self, now: float, values: Values) -> float:
         """How many times the normal load there was within the last `LOAD_S`, at least 1."""
@@ -324,13 +335,12 @@ class ServiceHealth:
         return max(1.0, *(times for _, times in self._loads))
 
     def _forget(self, signal: Signal) -> Iterator[tuple[Signal, Change]]:
-        was = self.baselines[signal].anomalous_since is not None
-        self.baselines[signal].forget()
-        if was:
+        if self.baselines[signal].anomalous_since is not None:
             yield signal, Change.ENDED
+        self.baselines[signal].forget()
 
     def known(self) -> dict[str, Sequence[float]]:
-        """What was learnt, as the constructor takes it."""
+        """What was learnt, by the names of the signals and those of the loads, as the constructor takes it."""
         found = {signal.value: baseline.known for signal, baseline in self.baselines.items()}
-        found |= {"arrivals": self._arrivals.known, "frames": self._frames.known}
+        found |= zip(LOADS, (self._arrivals.known, self._frames.known), strict=True)
         return {name: tuple(samples) for name, samples in found.items() if samples}

@@ -7,13 +7,12 @@ checked like anything else that comes from outside.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from typing import Final
 
 import msgspec
 
-from exporter.health import SAMPLES
+from exporter.health import LOAD, LOADS, RULES, SAMPLES
 
 NAME: Final = "health.json"
 VERSION: Final = 1
@@ -21,13 +20,22 @@ MOST_BYTES: Final = 4 << 20
 STALE_S: Final = 86400.0
 """What was learnt longer ago is no longer what is normal."""
 _PART: Final = NAME + ".part"
+_RULES: Final = {signal.value: rule for signal, rule in RULES.items()} | dict.fromkeys(LOADS, LOAD)
 
 
 class Learnt(msgspec.Struct, frozen=True):
-    """What was learnt of one service: samples by signal, and the process that they belong to."""
+    """What was learnt of one service: samples by signal, and the process that they belong to.
+
+    `written` is in seconds since the epoch; None in a file of an agent that wrote one time for all.
+    """
 
     eldest: int | None
     samples: dict[str, list[float]]
+    written: float | None = None
+
+    def is_fresh(self, now: float) -> bool:
+        """Whether this may still be what is normal. `now` is in seconds since the epoch."""
+        return self.written is not None and 0 <= now - self.written <= STALE_S
 
 
 class State(msgspec.Struct, frozen=True):
@@ -39,8 +47,9 @@ class State(msgspec.Struct, frozen=True):
 
 
 def load(folder: int, now: float) -> dict[str, Learnt]:
-    """What was learnt, by service; nothing where there is no such file, or it is too old.
+    """What was learnt, by service, without what is too old; nothing where there is no such file.
 
+    Samples that their signal cannot have are left out: the reader would end on them, and again when it is restarted.
     `now` is in seconds since the epoch. Raises ValueError where the file is none of this agent's; OSError.
     """
     try:
@@ -57,18 +66,19 @@ def load(folder: int, now: float) -> dict[str, Learnt]:
         raise ValueError(str(error)) from error
     if state.version != VERSION:
         raise ValueError(f"it is of version {state.version}, not {VERSION}")
-    if not 0 <= now - state.written <= STALE_S:
-        return {}
-    return {
+    found = {
         name: Learnt(
             each.eldest,
-            {
-                signal: [sample for sample in samples if math.isfinite(sample)][-SAMPLES:]
-                for signal, samples in each.samples.items()
-            },
+            {signal: _possible(signal, samples) for signal, samples in each.samples.items() if signal in _RULES},
+            state.written if each.written is None else each.written,
         )
         for name, each in state.services.items()
     }
+    return {name: each for name, each in found.items() if each.is_fresh(now)}
+
+
+def _possible(signal: str, samples: list[float]) -> list[float]:
+    return [sample for sample in samples if _RULES[signal].can_have(sample)][-SAMPLES:]
 
 
 def save(folder: int, now: float, services: dict[str, Learnt]) -> None:

@@ -118,13 +118,15 @@ class Health:
         """Write down what was learnt, where there is a place for it."""
         if self._folder is None:
             return
-        # what another agent learnt of a service that this one has not seen a process of stays
+        now = self._wall_clock() / 1e9
+        # what another agent learnt of a service that this one has not seen a process of stays, until it is too old
+        self._learnt = {name: each for name, each in self._learnt.items() if each.is_fresh(now)}
         learnt = self._learnt | {
-            name: Learnt(each.eldest, {signal: list(known) for signal, known in each.known().items()})
+            name: Learnt(each.eldest, {signal: list(known) for signal, known in each.known().items()}, now)
             for name, each in self._known.items()
         }
         try:
-            health_state.save(self._folder, self._wall_clock() / 1e9, learnt)
+            health_state.save(self._folder, now, learnt)
         except OSError as error:
             log.warning("what was learnt of the services' health cannot be kept: %s", error)
 

@@ -109,10 +109,11 @@ class Live:
             "models": [
                 {
                     **dict(zip(("service", "model", "api"), key, strict=True)),
-                    **{name: history.column(key, name, now_ns) for name in COLUMNS},
-                    "heat": history.heat(key, now_ns),
+                    **{name: past.column(name) for name in COLUMNS},
+                    "heat": past.heat(),
                 }
                 for key in history.models()
+                for past in (history.past(key, now_ns),)
             ],
         }
 

@@ -125,8 +125,17 @@ async def rehearse() -> None:
     await StreamingResponse(_in_turns((b"",)))({"type": "http", "method": "GET"}, never, drop)
 
 
-def _json(told: JsonObject) -> Response:
-    return Response(msgspec.json.encode(told), media_type="application/json")
+def _compressible(request: Request, body: bytes, content_type: str, vary: str = "accept-encoding") -> Response:
+    """An answer of such a body, compressed where it is long and the client takes that."""
+    headers = {"content-type": content_type, "vary": vary}
+    if len(body) >= _LEAST_TO_COMPRESS and _takes_gzip(request.headers):
+        body = gzip.compress(body, _GZIP_LEVEL)
+        headers["content-encoding"] = "gzip"
+    return Response(body, headers=headers)
+
+
+def _json(request: Request, told: JsonObject) -> Response:
+    return _compressible(request, msgspec.json.encode(told), "application/json")
 
 
 async def _plain_error(_: Request, error: Exception) -> Response:
@@ -158,11 +167,7 @@ def create_app(
 
     async def expose(request: Request) -> Response:
         body, content_type = metrics.render(request.headers.get("accept", ""), request.query_params.getlist("name[]"))
-        headers = {"content-type": content_type, "vary": "accept, accept-encoding"}
-        if len(body) >= _LEAST_TO_COMPRESS and _takes_gzip(request.headers):
-            body = gzip.compress(body, _GZIP_LEVEL)
-            headers["content-encoding"] = "gzip"
-        return Response(body, headers=headers)
+        return _compressible(request, body, content_type, "accept, accept-encoding")
 
     async def healthy(_: Request) -> Response:
         return PlainTextResponse("healthy\n")
@@ -177,11 +182,11 @@ def create_app(
             raise HTTPException(404)
         return Response(PAGE[name], media_type=_MEDIA_TYPES[name.rpartition(".")[2]])
 
-    async def now(_: Request) -> Response:
-        return _json(live.now())
+    async def now(request: Request) -> Response:
+        return _json(request, live.now())
 
-    async def past(_: Request) -> Response:
-        return _json(live.past())
+    async def past(request: Request) -> Response:
+        return _json(request, live.past())
 
     async def explained(request: Request) -> Response:
         if why is None:

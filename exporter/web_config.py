@@ -127,6 +127,9 @@ def _rate_limit(value: Value) -> RateLimit:
 
 
 def _users(value: Value) -> dict[bytes, bytes]:
+    # Nothing that stands in place of a hash is shown: it may be the password itself.
+    if value.node.id != "mapping":
+        value.fail("must be a mapping of names to bcrypt hashes", "write `NAME: HASH` lines, indented with spaces")
     users = {}
     entries = value.keys()
     if not 1 <= len(entries) <= MAX_USERS:
@@ -134,10 +137,9 @@ def _users(value: Value) -> dict[bytes, bytes]:
     for name, item in entries.items():
         if not name or not name.isprintable() or ":" in name:
             item.fail(f"{shown(name)} cannot be the name of a user", "use printable characters, and no colon")
-        text = item.text()
+        text = item.literal()
         found = _BCRYPT.fullmatch(text)
         if found is None:
-            # What stands there may be the password itself: it is not shown.
             item.fail("this is no bcrypt hash", "write what `htpasswd -nBC 10 NAME` prints after the colon")
         if not 4 <= int(found[1]) <= MAX_COST:
             item.fail(f"a cost of {int(found[1])} is not from 4 to {MAX_COST}", "htpasswd -nBC 10 NAME")

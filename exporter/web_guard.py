@@ -29,7 +29,11 @@ if TYPE_CHECKING:
 
 LOOKS_AT_ONCE: Final = 16
 LOOKS_PER_S: Final = 2.0
-"""Passwords that are hashed, at the most: at cost 10 this is a tenth of a CPU, however many are tried."""
+"""Passwords that are hashed, at the most, where no hash costs more than `_QUICK`; half as many with each step above.
+This is a tenth of a CPU, however many are tried."""
+_QUICK: Final = 10
+MOST_WAITING: Final = 16
+"""Requests that wait for their look, at the most: of the 64 at once that uvicorn takes, most are for who is known."""
 _MOST_CREDENTIALS: Final = 4096
 """Characters of a name and password as they are sent, in base64."""
 _HASHED_BYTES: Final = 72
@@ -60,7 +64,7 @@ class Bucket:
 
 
 class Passwords:
-    """Says who may come in. `users` are bcrypt hashes by name; `check` compares a password with one.
+    """Says who may come in. `users` are bcrypt hashes by name, one or more; `check` compares a password with one.
 
     Whether a name is known cannot be told from the time that a refusal takes: for one that is not, the hash of another
     user is computed, always of the same one.
@@ -74,7 +78,9 @@ class Passwords:
         self._check: Final = check
         self._key: Final = secrets.token_bytes(32)
         self._accepted: dict[bytes, bytes] = {}
-        self._bucket: Final = Bucket(LOOKS_PER_S, LOOKS_AT_ONCE, clock)
+        dearest = max(int(hashed.split(b"$")[2]) for hashed in self._hashes)
+        self._bucket: Final = Bucket(LOOKS_PER_S / 2 ** max(0, dearest - _QUICK), LOOKS_AT_ONCE, clock)
+        self._waiting = 0
         self._thread: Final = ThreadPoolExecutor(1, "passwords")
         self._turn: Final = asyncio.Lock()
 
@@ -83,19 +89,26 @@ class Passwords:
         digest = self._digest(b"password", name, password)
         if self._remembered(name, digest):
             return True
-        if not self._bucket.take():
+        if self._waiting >= MOST_WAITING or not self._bucket.take():
             return None
-        async with self._turn:
-            if self._remembered(name, digest):  # by a request that came at the same time
-                return True
-            known = self._users.get(name)
-            hashed = known if known is not None else self._decoy(name)
-            loop = asyncio.get_running_loop()
-            same = await loop.run_in_executor(self._thread, self._check, password[:_HASHED_BYTES], hashed)
-            if not same or known is None:
-                return False
-            self._accepted[name] = digest
-            return True
+        self._waiting += 1
+        try:
+            async with self._turn:
+                if self._remembered(name, digest):  # by a request that came at the same time
+                    return True
+                return await self._look(name, password, digest)
+        finally:
+            self._waiting -= 1
+
+    async def _look(self, name: bytes, password: bytes, digest: bytes) -> bool:
+        known = self._users.get(name)
+        hashed = known if known is not None else self._decoy(name)
+        loop = asyncio.get_running_loop()
+        same = await loop.run_in_executor(self._thread, self._check, password[:_HASHED_BYTES], hashed)
+        if not same or known is None:
+            return False
+        self._accepted[name] = digest
+        return True
 
     def _remembered(self, name: bytes, digest: bytes) -> bool:
         return hmac.compare_digest(self._accepted.get(name, b""), digest)

@@ -3,14 +3,24 @@
 
 const LIVE_MS = 2000;
 const HISTORY_MS = 4000;
+const PATIENCE_MS = 10000;
 const EVENTS = 10;
 const CAUSES = ["on_cpu", "run_queue", "cpu_quota", "lock", "disk", "memory", "network", "upstream", "gpu", "sleep", "stopped", "unexplained"];
 const $ = (id) => document.getElementById(id);
 
-let chosen = decodeURIComponent(location.hash.slice(1));
+let chosen = fromAddress();
 let latest = null;
 let history_ = null;
 const charts = {};
+
+// The model that the address names; none where it is no such name.
+function fromAddress() {
+  try {
+    return decodeURIComponent(location.hash.slice(1));
+  } catch {
+    return "";
+  }
+}
 
 function make(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
@@ -178,7 +188,7 @@ function drawHeat(models) {
   const every = Math.max(1, Math.ceil((high - low + 1) / 8));
   for (let row = low; row < high; row += every) pen.fillText(time(bounds[row]), left - 6, 8 + (high - row) * cellHeight);
   pen.textAlign = "center";
-  const steps = Math.max(1, Math.round(cells.length / Math.max(2, Math.floor((width - left) / 90))));
+  const steps = Math.max(Math.ceil(60 / history_.step_seconds), Math.round(cells.length / Math.max(2, Math.floor((width - left) / 90))));
   for (let at = steps; at < cells.length - steps / 3; at += steps) {
     pen.fillText(clock(history_.times[at]), left + at * cellWidth, height - 6);
   }
@@ -207,7 +217,7 @@ function drawCauses() {
 async function openPath(request, place) {
   place.replaceChildren(make("p", { class: "dim", text: "Asking for its path." }));
   try {
-    const answer = await fetch(`api/why?number=${request.number}`, { cache: "no-store" });
+    const answer = await fetch(`api/why?number=${request.number}`, asking());
     const line = (await answer.text()).split("\n")[0];
     const steps = answer.ok && line ? JSON.parse(line).steps : [];
     place.replaceChildren(steps.length ? make("table", { class: "steps" },
@@ -245,6 +255,17 @@ function drawSlow() {
 
 // ---- objectives, health, GPUs, engines, the agent ----
 
+// A target with the digits that were written, and what was met of it with as many, two at least, and never rounded up:
+// what is below the target must not read as it, and 99.999 % not as 100 %. Of whole numbers, so that 57 of 100 are 57 %.
+function target(ratio) {
+  return `${Number((100 * ratio).toPrecision(10))}`;
+}
+function met(row) {
+  if (!row.total) return "–";
+  const digits = Math.max(2, target(row.target).split(".")[1]?.length ?? 0);
+  return `${(Math.floor(row.good * 10 ** (digits + 2) / row.total) / 10 ** digits).toFixed(digits)} %`;
+}
+
 function drawObjectives() {
   const rows = latest.objectives;
   $("objectives-section").hidden = !rows.length;
@@ -252,15 +273,15 @@ function drawObjectives() {
   $("objectives").replaceChildren(
     make("thead", {}, make("tr", {}, ...titles.map((text) => make("th", { text, scope: "col" })))),
     make("tbody", {}, ...rows.map((row) => make("tr", {},
-      make("td", { text: row.name }), make("td", { text: row.service }), make("td", { text: row.model }), make("td", { text: percent(row.target, 2) }),
+      make("td", { text: row.name }), make("td", { text: row.service }), make("td", { text: row.model }), make("td", { text: `${target(row.target)} %` }),
       make("td", { text: number(row.good, 0) }), make("td", { text: number(row.total, 0) }),
-      make("td", { text: percent(row.ratio, 2), class: known(row.ratio) && row.ratio < row.target ? "bad" : null }),
+      make("td", { text: met(row), class: known(row.ratio) && row.ratio < row.target ? "bad" : null }),
       make("td", { text: known(row.burn_rate_5m) ? number(row.burn_rate_5m, 2) : "–", class: grade(row.burn_rate_5m, 1, 14.4) }),
       make("td", { text: known(row.burn_rate_1h) ? number(row.burn_rate_1h, 2) : "–", class: grade(row.burn_rate_1h, 1, 14.4) }),
       make("td", { text: percent(row.budget_remaining), class: known(row.budget_remaining) && row.budget_remaining < 0 ? "bad" : null })))));
 }
 
-const AMOUNT = { bytes, seconds: time, ratio: percent };
+const AMOUNT = { bytes, seconds: time, ratio: percent, files: (value) => number(value, 0), cpus: (value) => number(value, 2) };
 const HAPPENED = { began: "not normal", ended: "normal again", new_normal: "taken for normal now", descriptor_leak: "leaks descriptors" };
 const words = (name) => name.replaceAll("_", " ");
 const amount = (value, unit) => (AMOUNT[unit] ?? number)(value);
@@ -274,20 +295,22 @@ function drawHealth() {
     : signals.some((signal) => known(signal.normal)) ? "as usual, compared with the last five minutes" : "what is normal is being learnt; it takes two and a half minutes";
   $("health-says").className = bad ? "bad" : "dim";
   $("health").replaceChildren(...services.map(({ service, signals }) => tile(service, signals.map(({ signal, unit, value, normal, anomalous }) => [
-    words(signal), known(value) ? `${amount(value, unit)}${known(normal) ? `, usually ${amount(normal, unit)}` : ""}` : null, anomalous ? "bad" : null]))));
+    words(signal), known(value) ? amount(value, unit) : null, anomalous ? "bad" : null, known(normal) ? `usually ${amount(normal, unit)}` : null]))));
   $("events-card").hidden = !events.length;
   $("events").replaceChildren(
-    make("thead", {}, make("tr", {}, ...["at", "service", "signal", "what", "value", "usually"].map((text) => make("th", { text, scope: "col" })))),
+    make("thead", {}, make("tr", {}, ...["at", "service", "signal", "what", "value", "usually"].map((text, at) => make("th", { text, scope: "col", class: at < 4 ? "left" : null })))),
     make("tbody", {}, ...events.slice(0, EVENTS).map(({ time: at, service, signal, what, value, normal, unit, leak }) => make("tr", {},
-      make("td", { text: new Date(at).toTimeString().slice(0, 8) }), make("td", { text: service }), make("td", { text: words(signal) }),
-      make("td", {}, make("span", { class: ["began", "descriptor_leak"].includes(what) ? "bad" : null, text: HAPPENED[what] ?? words(what) }), leak ? make("div", { class: "dim leak",
-        text: `${number(leak.per_second, 0)} a second in process ${leak.tgid}; most are ${leak.targets.slice(0, 3).map((target) => `${target.count} ${target.kind} ${target.name}`.trim()).join(", ")}` }) : null),
-      make("td", { text: amount(value, unit) }), make("td", { text: amount(normal, unit) })))));
+      make("td", { text: new Date(at).toTimeString().slice(0, 8), "data-title": "at" }),
+      make("td", { text: service, "data-title": "service", class: "left" }), make("td", { text: words(signal), "data-title": "signal", class: "left" }),
+      make("td", { "data-title": "what", class: "left" }, make("div", {}, make("span", { class: ["began", "descriptor_leak"].includes(what) ? "bad" : null, text: HAPPENED[what] ?? words(what) }), leak ? make("div", { class: "dim leak",
+        text: `${number(leak.per_second, 0)} a second in process ${leak.tgid}; most are ${leak.targets.slice(0, 3).map((target) => `${target.count} ${target.kind} ${target.name}`.trim()).join(", ")}` }) : null)),
+      make("td", { text: amount(value, unit), "data-title": "value" }), make("td", { text: amount(normal, unit), "data-title": "usually" })))));
 }
 
 function tile(title, entries) {
   return make("div", { class: "card tile" }, make("b", { text: title }),
-    make("dl", {}, ...entries.filter(([, value]) => known(value)).flatMap(([name, value, level]) => [make("dt", { text: name }), make("dd", { text: value, class: level ?? null })])));
+    make("dl", {}, ...entries.filter(([, value]) => known(value)).flatMap(([name, value, level, note]) => [make("dt", { text: name }),
+      make("dd", { class: level ?? null }, value, note ? make("span", { class: "dim note", text: note }) : null)])));
 }
 
 function drawGpus() {
@@ -324,12 +347,19 @@ function drawAgent() {
 
 // ---- going on ----
 
-function draw() {
-  if (latest) {
-    if (chosen && latest.models.length && !latest.models.some((row) => keyOf(row) === chosen)) chosen = "";
-    for (const part of [drawModels, drawCauses, drawSlow, drawObjectives, drawHealth, drawGpus, drawEngines, drawAgent]) part();
+// Draws everything, after `take` has put in its place what the agent said.
+function draw(take = () => {}) {
+  try {
+    take();
+    if (latest) {
+      if (chosen && latest.models.length && !latest.models.some((row) => keyOf(row) === chosen)) chosen = "";
+      for (const part of [drawModels, drawCauses, drawSlow, drawObjectives, drawHealth, drawGpus, drawEngines, drawAgent]) part();
+    }
+    if (history_) drawHistory();
+  } catch (error) {
+    console.error(error);
+    say(`The agent answers, but this page cannot draw it (${error.message}): load the page again.`, true);
   }
-  if (history_) drawHistory();
 }
 
 function say(text, bad) {
@@ -337,21 +367,21 @@ function say(text, bad) {
   $("state").classList.toggle("bad", bad);
 }
 
+const asking = () => ({ cache: "no-store", signal: AbortSignal.timeout(PATIENCE_MS) });
+
 async function ask(path) {
-  const answer = await fetch(path, { cache: "no-store" });
+  const answer = await fetch(path, asking());
   if (!answer.ok) throw new Error(`${path} answered ${answer.status}`);
   return answer.json();
 }
 
 async function live() {
-  try {
-    latest = await ask("api/live");
+  const told = await ask("api/live").catch((error) => say(`The agent does not answer (${error.message}): what is shown is old.`, true));
+  if (told) draw(() => {
+    latest = told;
     say(latest.state, !latest.ready);
     $("updated").textContent = `as of ${new Date(latest.time).toTimeString().slice(0, 8)}`;
-    draw();
-  } catch (error) {
-    say(`The agent does not answer (${error.message}): what is shown is old.`, true);
-  }
+  });
   setTimeout(live, document.hidden ? 5 * LIVE_MS : LIVE_MS);
 }
 
@@ -364,14 +394,12 @@ function fromTheFirst(told) {
 }
 
 async function past() {
-  try {
-    history_ = fromTheFirst(await ask("api/history"));
-    draw();
-  } catch { /* said by live() */ }
+  const told = await ask("api/history").catch(() => null); // live() says so
+  if (told) draw(() => { history_ = fromTheFirst(told); });
   setTimeout(past, document.hidden ? 5 * HISTORY_MS : HISTORY_MS);
 }
 
 addEventListener("resize", () => history_ && drawHistory());
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
 past();
 live();

@@ -176,7 +176,7 @@ def _seen(told: Told) -> str:
 
 def _floored(share: float) -> float:
     """Without rounding up: 99.999 % must not read as 100 %."""
-    return int(share * 10_000) / 10_000
+    return math.floor(share * 10_000 + 1e-6) / 10_000  # 0.57 * 10,000 is less than 5,700
 
 
 def _count(value: float | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.e2e.agent import Agent, agent
+from tests.e2e.browser import opened
 from tests.e2e.processes import ROOT, answers, free_port, started, wait_for
 
 LEAKS_PER_S = 83
@@ -82,6 +84,10 @@ def test_a_descriptor_leak_is_found_with_what_leaks_and_recorded(tmp_path: Path)
             assert observer.metrics().one("footlight_descriptor_leaks_total", service_name="leaky") == 1
             wait_for("the recording", lambda: list(folder.glob("footlight-*-descriptor-leak.json.gz")) or None, 10)
             assert "leaks descriptors" in observer.said()
+            page, said = opened(f"http://{observer.address}/")
+            assert said == ""
+            assert '<span class="bad">leaks descriptors</span>' in page
+            assert re.search(rf"in process {service.pid}; most are [0-9]+ file /etc/hosts, ", page)
             time.sleep(2)
             assert len(health(observer)["events"]) == 1  # reported for a minute, told once
             before = wait_for("a sample", lambda: samples(observer, "run_queue_wait") or None, 30)

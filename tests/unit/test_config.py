@@ -251,7 +251,7 @@ def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
         ("services: [\n", 2, "not valid YAML", "correct the line"),
         ("services: 'a\n", 2, "not valid YAML", "correct the line"),
         (BASE + "---\n" + BASE, 4, "more than one YAML document", "`---`"),
-        ("a: &x [1]\nb: *x\n", 2, "the alias *x is not allowed", "write the value out"),
+        ("a: &x [1]\nb: *x\n", 2, "an alias (*name) is not allowed", "in quotes where it begins with *"),
         ("a: !!python/object:os.system x\n", 1, "a YAML tag (!...) is not allowed", "remove the tag"),
         ("a: !!int 3\n", 1, "a YAML tag", "remove the tag"),
         ("[" * 33 + "]" * 33, 1, "nested more than 32 deep", "README"),

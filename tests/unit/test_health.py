@@ -36,8 +36,14 @@ PLAIN = Rule("things", 1, least=10.0, least_ratio=0.5, hold_s=5.0)
 
 def feed(baseline: Baseline, begin: int, values: list[float | None]) -> list[tuple[int, Change]]:
     """One value a second; what changed, and when."""
-    changes = ((begin + index, baseline.take(begin + index, value)) for index, value in enumerate(values))
-    return [(at, change) for at, change in changes if change is not None]
+    changes = []
+    for at, value in enumerate(values, begin):
+        change = baseline.take(at, value)
+        if change is not None:
+            changes.append((at, change))
+        if change is Change.NEW_NORMAL:
+            baseline.forget()
+    return changes
 
 
 def learnt(rule: Rule = PLAIN, value: float = 100.0, seconds: int = 300) -> Baseline:

@@ -6,16 +6,19 @@ import json
 import logging
 import math
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from exporter import health_state
 from exporter.config import HealthConfig, parse
-from exporter.health import FEWEST, RULES, Signal
+from exporter.health import FEWEST, LOADS, RULES, SETTLED_S, SIGMAS, Signal
 from exporter.health_metrics import health_families
 from exporter.health_signals import quantile_of
 from exporter.health_state import MOST_BYTES, NAME, STALE_S, Learnt, State
@@ -198,6 +201,31 @@ def test_an_anomaly_is_an_event_a_log_line_and_a_sample(caplog: pytest.LogCaptur
     assert [each.what for each in world.health.events] == ["began", "ended"]
 
 
+def test_what_stays_is_told_with_what_was_normal_before() -> None:
+    world = sick()
+    for _ in range(round(SETTLED_S)):
+        world.second(cpus=1.7)
+    event = world.health.events[-1]
+    assert (event.signal, event.what) == ("cpu", "new_normal")
+    assert event.value == pytest.approx(1.7)
+    assert event.normal == pytest.approx(0.5)
+    assert event.sigmas is not None and event.sigmas > SIGMAS
+    assert world.health.services["roleplay"].baselines[Signal.CPU].normal() is None
+
+
+def test_the_end_of_processes_is_told_with_what_they_had(caplog: pytest.LogCaptureFixture) -> None:
+    world = sick()
+    world.eldest = 8
+    with caplog.at_level(logging.INFO, "footlight"):
+        world.second()
+    event = world.health.events[-1]
+    assert (event.signal, event.what) == ("cpu", "ended")
+    assert event.value == pytest.approx(1.7)
+    assert event.normal == pytest.approx(0.5)
+    assert event.sigmas is not None and event.sigmas > SIGMAS
+    assert "roleplay: cpu is normal again: 1.7 CPUs" in caplog.text
+
+
 def test_what_is_not_known_is_absent_from_the_page() -> None:
     world = World()
     world.second()
@@ -324,6 +352,32 @@ def test_what_is_too_old_is_not_taken(folder: int) -> None:
     assert health_state.load(folder, 999.0) == {}
 
 
+def test_a_file_with_one_time_for_all_is_taken(folder: int, tmp_path: Path) -> None:
+    text = '{"version":1,"written":1000,"services":{"roleplay":{"eldest":7,"samples":{"cpu":[0.5]}}}}'
+    (tmp_path / NAME).write_text(text)
+    assert health_state.load(folder, 1060.0) == {"roleplay": Learnt(7, {"cpu": [0.5]}, 1000.0)}
+    assert health_state.load(folder, 1001.0 + STALE_S) == {}
+
+
+def test_each_service_is_as_old_as_what_was_learnt_of_it(folder: int, tmp_path: Path) -> None:
+    began_s = WALL_NS / S
+    ages_s = {"gone": STALE_S - 90, "other": 0}
+    learnt = {name: Learnt(7, {"cpu": [1.0] * 30}, began_s - age_s) for name, age_s in ages_s.items()}
+    health_state.save(folder, began_s, learnt)
+    world = World(folder)
+    told = []
+    for _ in range(3):
+        for _ in range(61):
+            world.second()
+        told.append(msgspec.json.decode((tmp_path / NAME).read_bytes(), type=State).services)
+    assert [set(each) for each in told] == [{"gone", "roleplay", "other"}, {"roleplay", "other"}, {"roleplay", "other"}]
+    assert told[0]["gone"].written == began_s - STALE_S + 90
+    assert "gone" not in health_state.load(folder, began_s + 183)
+    world.services[1] = "gone"
+    world.second()
+    assert not world.health.services["gone"].baselines[Signal.CPU].known
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -355,6 +409,43 @@ def test_too_many_samples_are_cut(folder: int, tmp_path: Path) -> None:
     samples = health_state.load(folder, 1000.0)["roleplay"].samples["cpu"]
     assert samples == [float(number) for number in range(949, 1009)]
     assert all(math.isfinite(each) for each in samples)
+
+
+@pytest.mark.parametrize(
+    ("signal", "impossible"),
+    [
+        (Signal.RUN_QUEUE_WAIT, [710.0, -746.0, 51.0, -51.0, 1e300]),
+        (Signal.TTFT_P50, [1e4, -1e4]),
+        (Signal.CPU, [-0.5, -1e300]),
+        (Signal.RESIDENT_MEMORY, [-1.0]),
+        ("arrivals", [-1.0]),
+        ("no_such_signal", [1.0]),
+    ],
+)
+def test_samples_that_a_signal_cannot_have_are_dropped(
+    signal: Signal | str, impossible: list[float], folder: int
+) -> None:
+    name = signal if isinstance(signal, str) else signal.value
+    possible = [] if name == "no_such_signal" else [0.0, 0.5, 3.0]
+    health_state.save(folder, WALL_NS / S, {"roleplay": Learnt(7, {name: [*impossible, *possible]})})
+    assert health_state.load(folder, WALL_NS / S)["roleplay"].samples.get(name, []) == possible
+
+
+@given(st.dictionaries(st.sampled_from([*(each.value for each in Signal), *LOADS]), st.floats(), min_size=1))
+@settings(max_examples=60, deadline=None)
+def test_no_file_ends_the_reader(samples: dict[str, float]) -> None:
+    with tempfile.TemporaryDirectory() as path:
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            state = {"roleplay": Learnt(7, {name: [value] * 60 for name, value in samples.items()})}
+            health_state.save(folder, WALL_NS / S, state)
+            world = World(folder)
+            for _ in range(5):
+                world.second()
+            msgspec.json.encode(world.health.told())
+            world.metrics.render()
+        finally:
+            os.close(folder)
 
 
 def test_a_link_is_not_followed(folder: int, tmp_path: Path) -> None:

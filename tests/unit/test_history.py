@@ -37,7 +37,7 @@ class Told:
             self.history.tick(self.now_ns)
 
     def column(self, name: str) -> list[float | None]:
-        return self.history.column(KEY, name, self.now_ns)
+        return self.history.past(KEY, self.now_ns).column(name)
 
 
 def test_a_step_tells_what_it_saw_itself() -> None:
@@ -59,14 +59,14 @@ def test_an_idle_step_has_no_latency_and_no_frames() -> None:
     told.step(3)
     assert told.column("ttft_p99")[-2:] == [None, None]
     assert told.column("frames")[-2:] == [0, 0]
-    assert told.history.heat(KEY, told.now_ns)[-2:] == [[], []]
+    assert told.history.past(KEY, told.now_ns).heat()[-2:] == [[], []]
 
 
 def test_the_heat_has_every_first_token_in_its_row() -> None:
     told = Told()
     told.first_tokens(1, 40, 40, 40, 300, 5_000_000)
     told.step()
-    heat = told.history.heat(KEY, told.now_ns)[-1]
+    heat = told.history.past(KEY, told.now_ns).heat()[-1]
     assert sum(heat) == 6
     assert heat[-1] == 1  # beyond every bound
     for ms, count in ((40, 3), (300, 1)):
@@ -90,6 +90,7 @@ def test_an_agent_that_stood_still_has_a_hole_there() -> None:
     told.now_ns += 7 * SLOT_NS
     told.history.tick(told.now_ns)
     assert told.column("frames")[-8:] == [1, 0, *[None] * 6]
+    assert [len(each) for each in told.history.past(KEY, told.now_ns).heat()[-8:]] == [len(HEAT_BOUNDS) + 1, *[0] * 7]
 
 
 def test_series_of_one_model_are_taken_together() -> None:
@@ -118,13 +119,25 @@ def test_models_are_bounded_and_those_long_idle_make_room() -> None:
     told.step()
     assert late in told.history.models()
     assert len(told.history.models()) == MOST_MODELS
-    assert told.history.column(late, "frames", told.now_ns)[-1] == 1  # not the one of long ago
+    assert told.history.past(late, told.now_ns).column("frames")[-1] == 1  # not the one of long ago
+
+
+def test_latencies_are_told_in_whole_microseconds() -> None:
+    told = Told()
+    told.first_tokens(*range(1, 3000, 7))
+    told.step()
+    for name in ("ttft_p50", "ttft_p99"):
+        value = told.column(name)[-1]
+        assert value is not None
+        assert value == round(value, 6)  # float32 as it is would be a dozen digits more in the page's JSON
 
 
 def test_an_unknown_model_has_no_history() -> None:
     told = Told()
+    past = told.history.past(("no", "such", "model"), told.now_ns)
     for name in COLUMNS:
-        assert told.history.column(("no", "such", "model"), name, told.now_ns) == [None] * STEPS
+        assert past.column(name) == [None] * STEPS
+    assert past.heat() == [[]] * STEPS
 
 
 def test_the_slot_that_was_asked_for_is_the_one_given() -> None:

@@ -75,10 +75,20 @@ def test_compression_when_it_is_asked_for(get: Get, encoding: str, compressed: b
     assert answer.headers["vary"] == "accept, accept-encoding"
 
 
+@pytest.mark.parametrize(("encoding", "compressed"), [("gzip", True), ("br", False)])
+def test_the_pages_data_are_compressed_when_it_is_asked_for(get: Get, encoding: str, compressed: bool) -> None:
+    answer = get("/api/history", accept_encoding=encoding)
+    assert answer.headers.get("content-encoding") == ("gzip" if compressed else None)
+    assert (int(answer.headers["content-length"]) < len(answer.content)) == compressed
+    assert answer.headers["vary"] == "accept-encoding"
+    assert len(answer.json()["times"]) == 150
+
+
 def test_a_short_answer_is_not_compressed(get: Get) -> None:
     answer = get("/metrics?name[]=llm_requests_total", accept_encoding="gzip")
     assert "content-encoding" not in answer.headers
     assert answer.text.count("# TYPE") == 1
+    assert "content-encoding" not in get("/api/live", accept_encoding="gzip").headers
 
 
 def test_names_choose_families(get: Get) -> None:

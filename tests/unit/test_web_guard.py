@@ -16,7 +16,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from exporter.web_config import RateLimit, WebConfig
-from exporter.web_guard import LOOKS_AT_ONCE, LOOKS_PER_S, Bucket, Guard, Passwords, credentials
+from exporter.web_guard import LOOKS_AT_ONCE, LOOKS_PER_S, MOST_WAITING, Bucket, Guard, Passwords, credentials
 
 RIGHT, OTHER = b"opening night", b"curtain"
 USERS = {
@@ -164,6 +164,45 @@ def test_guessing_is_limited_and_who_is_known_comes_in_meanwhile() -> None:
     assert codes(ask(basic("søren".encode(), OTHER), *guesses[:4])) == [200, 401, 401, 429, 429]
 
 
+@pytest.mark.parametrize(("costs", "per_s"), [((4,), 2.0), ((10, 4), 2.0), ((12,), 0.5), ((4, 16, 10), 1 / 32)])
+def test_the_dearer_a_hash_is_the_fewer_are_computed(costs: tuple[int, ...], per_s: float) -> None:
+    async def looks(passwords: Passwords, number: int) -> list[bool | None]:
+        return [await passwords.right(b"nobody", b"guess") for _ in range(number)]
+
+    clock = Clock()
+    users = {b"user %d" % cost: b"$2b$%02d$" % cost for cost in costs}
+    passwords = Passwords(users, clock, lambda *_: False)
+    assert asyncio.run(looks(passwords, LOOKS_AT_ONCE + 1)) == [False] * LOOKS_AT_ONCE + [None]
+    clock.now += 0.99 / per_s
+    assert asyncio.run(looks(passwords, 1)) == [None]
+    clock.now += 0.02 / per_s
+    assert asyncio.run(looks(passwords, 2)) == [False, None]
+
+
+def test_only_so_many_wait_for_a_look_and_who_is_known_does_not() -> None:
+    clock, go = Clock(), threading.Event()
+
+    def slow(password: bytes, _: bytes) -> bool:
+        return password == RIGHT or (go.wait(30) and False)
+
+    async def queue() -> list[bool | None]:
+        passwords = Passwords({b"prometheus": USERS[b"prometheus"]}, clock, slow)
+        assert await passwords.right(b"prometheus", RIGHT)
+        waiting = []
+        for number in range(3 * MOST_WAITING):  # each comes when the bucket has one for it
+            clock.now += 3600
+            waiting.append(asyncio.ensure_future(passwords.right(b"prometheus", b"guess %d" % number)))
+            await asyncio.sleep(0)
+        assert await passwords.right(b"prometheus", RIGHT)
+        assert [each.done() for each in waiting] == [False] * MOST_WAITING + [True] * 2 * MOST_WAITING
+        go.set()
+        answers = await asyncio.gather(*waiting)
+        assert await passwords.right(b"prometheus", b"one more") is False
+        return answers
+
+    assert asyncio.run(queue()) == [False] * MOST_WAITING + [None] * 2 * MOST_WAITING
+
+
 def test_the_rate_limit_counts_every_request() -> None:
     clock = Clock()
     ask = asks(WebConfig(users=USERS, rate_limit=RateLimit(2.0, 3)), clock)
@@ -233,7 +272,7 @@ def test_names_and_passwords_arrive_as_they_were_sent(name: bytes, password: byt
 @given(st.binary(max_size=20), st.binary(max_size=20), st.binary(max_size=20), st.binary(max_size=20))
 def test_names_and_passwords_are_not_mixed_up(name: bytes, password: bytes, other: bytes, guess: bytes) -> None:
     async def both() -> None:
-        passwords = Passwords({name: b"1", other: b"2"}, Clock(), lambda given, _: given == password)
+        passwords = Passwords({name: b"$2b$04$1", other: b"$2b$04$2"}, Clock(), lambda given, _: given == password)
         assert await passwords.right(name, password) is True
         assert await passwords.right(other, guess) is (guess == password)
 
