@@ -168,9 +168,8 @@ def _refuse_traps(events: Iterable[yaml.Event], path: str) -> None:
         line = event.start_mark.line + 1 if event.start_mark else None
         if isinstance(event, yaml.AliasEvent):
             # which one is not said: it may be a password that begins with a star
-            raise ConfigError(
-                "an alias (*name) is not allowed", "write the value out, or in quotes where it begins with *", path, line
-            )
+            step = "write the value out, or in quotes where it begins with *"
+            raise ConfigError("an alias (*name) is not allowed", step, path, line)
         if isinstance(event, yaml.NodeEvent) and getattr(event, "tag", None) not in (None, "!"):
             raise ConfigError("a YAML tag (!...) is not allowed", "remove the tag", path, line)
         if isinstance(event, yaml.CollectionStartEvent):
