@@ -249,9 +249,9 @@ enum count {
 	CNT_LOST_READS_RING_FULL, /* no room in the ring of reads: the reader is too slow */
 	CNT_LOST_WRITES_RING_FULL, /* no room in the ring of writes */
 	CNT_LOST_EVENTS_RING_FULL, /* no room in the ring of events */
-	CNT_CONNECTIONS_FULL, /* a connection was not followed: the table is full */
+	CNT_CONNECTIONS_FULL, /* an opening, accept, segment or call of a connection was not followed: the table is full */
 	CNT_CALLS_FULL, /* a call was not followed: the table of calls under way is full */
-	CNT_TARGETS_FULL, /* a forked process was not followed: the table of targets is full */
+	CNT_TARGETS_FULL, /* a process was not followed: the table of targets is full; user space counts what it found */
 	CNT_UNREADABLE, /* the bytes of a call could not be copied: page not present, or the memory was unmapped */
 	CNT_TOO_MANY_SEGMENTS, /* a vector had more than MAX_SEGMENTS segments (or MAX_MESSAGES messages) */
 	CNT_CAPPED_CALLS, /* a call moved more than CALL_CAP_BYTES; the rest was not copied */
@@ -295,6 +295,9 @@ enum count {
 	CNT_ALLOCATIONS_FULL, /* an allocation was not followed: the table is full */
 	CNT_UNKNOWN_FREES, /* what was freed had been allocated before it was watched, or was not followed */
 	CNT_NOT_ATTACHED, /* a library of a process could not be read or attached to; user space counts it */
+	/* kept by user space, which counts */
+	CNT_PORTS_FULL, /* a listening port was not followed: the table is full */
+	CNT_CGROUPS_FULL, /* a cgroup was not followed: the table is full. I/O of its processes counts where they submit it */
 	CNT_MAX,
 };
 

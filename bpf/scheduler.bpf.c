@@ -85,14 +85,14 @@ struct thread_state {
 	u64 switches; /* the kernel's count when it was last seen */
 	u8 waking_flags; /* of the interval; apart from `flags`, because another CPU writes them meanwhile */
 	u8 named; /* its name was told */
-	u8 pad[2];
+	u8 pad[6];
 	u32 gpu_poll_us; /* of a poll on GPUs: its timeout, FOR_EVER: none; 0: it is no such poll */
+	u32 revision; /* of the targets, when its service was looked up */
 };
 
 /*
- * tid -> what the thread is in. Not an LRU: a thread may sleep for hours. An entry goes when the thread exits. User space
- * sets the size. The waker's CPU and the thread's own write different members; what is read at switch-in was ordered by
- * the run queue's lock.
+ * tid -> what the thread is in. Not an LRU: a thread may sleep for hours. An entry goes when the thread exits. The waker's
+ * CPU and the thread's own write different members; what is read at switch-in was ordered by the run queue's lock.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -732,9 +732,10 @@ static __always_inline bool is_throttled(struct task_struct *task)
 	return false;
 }
 
-static __always_inline struct thread_state *begin_thread(u32 tid)
+/* `revision` was read before the service was looked up: a change in between is found at the thread's next leave. */
+static __always_inline struct thread_state *begin_thread(u32 tid, u32 service, u32 revision)
 {
-	struct thread_state fresh = {};
+	struct thread_state fresh = { .interval.service = service, .revision = revision };
 
 	if (bpf_map_update_elem(&threads, &tid, &fresh, BPF_ANY)) {
 		count(CNT_THREADS_FULL);
@@ -746,7 +747,7 @@ static __always_inline struct thread_state *begin_thread(u32 tid)
 /* `preempted`, or its state is still TASK_RUNNING: it could go on and is not let. */
 static __always_inline void leave_cpu(struct task_struct *task, bool preempted, u64 now)
 {
-	u32 tid = task->pid, state = state_of(task), *service;
+	u32 tid = task->pid, state = state_of(task), revision = revision_now(), *service;
 	struct thread_state *thread = bpf_map_lookup_elem(&threads, &tid);
 	u64 switches = task->nvcsw + task->nivcsw;
 	struct thread_interval *interval;
@@ -756,12 +757,17 @@ static __always_inline void leave_cpu(struct task_struct *task, bool preempted, 
 		if (task->flags & PF_EXITING)
 			return; /* its end was told, nothing of it is left to be seen */
 		service = service_of_process(task->tgid);
-		thread = service ? begin_thread(tid) : NULL;
+		thread = service ? begin_thread(tid, *service, revision) : NULL;
 		if (!thread)
 			return;
-		thread->interval.service = *service;
 	}
 	interval = &thread->interval;
+	if (thread->revision != revision) {
+		thread->revision = revision;
+		service = service_of_process(task->tgid);
+		if (service)
+			interval->service = *service;
+	}
 	interval->flags = 0;
 	thread->gpu_poll_us = 0;
 	if (!thread->running_ns || switches != thread->switches + 1)
@@ -946,13 +952,13 @@ SEC("tp_btf/sched_wakeup_new")
 int BPF_PROG(born, struct task_struct *task)
 {
 	u64 who = bpf_get_current_pid_tgid();
-	u32 *service = service_of_process(task->tgid);
+	u32 revision = revision_now(), *service = service_of_process(task->tgid);
 	struct thread_interval *interval;
 	struct thread_state *thread;
 
 	if (!service)
 		return 0;
-	thread = begin_thread(task->pid);
+	thread = begin_thread(task->pid, *service, revision);
 	if (!thread)
 		return 0;
 	interval = &thread->interval;
@@ -960,7 +966,6 @@ int BPF_PROG(born, struct task_struct *task)
 	interval->off_ns = bpf_ktime_get_ns();
 	interval->tid = task->pid;
 	interval->tgid = task->tgid;
-	interval->service = *service;
 	interval->reason = WAIT_CPU;
 	interval->syscall = NO_SYSCALL;
 	interval->cpu = bpf_get_smp_processor_id();

@@ -23,7 +23,7 @@ struct call {
 	u32 number;
 };
 
-/* pid_tgid -> the call that the thread is in; deleted when the thread ends. User space sets the size. */
+/* pid_tgid -> the call that the thread is in; deleted when the thread ends */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 16384);

@@ -60,6 +60,24 @@ struct {
 	__type(value, u8);
 } port_bits SEC(".maps");
 
+/*
+ * Another number after each change that user space made to `targets` or `ports`: a process that goes to another service, a
+ * port that does. Whoever keeps a service for longer than an event asks again then.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, u32);
+} revision SEC(".maps");
+
+static __always_inline u32 revision_now(void)
+{
+	u32 zero = 0, *number = bpf_map_lookup_elem(&revision, &zero);
+
+	return number ? *number : 0;
+}
+
 /* The service of a process, or NULL when it is no target. */
 static __always_inline u32 *service_of_process(u32 tgid)
 {

@@ -64,10 +64,10 @@ struct watched_socket {
 	u32 tgid; /* that opened it */
 	u32 tid;
 	u32 opened_port; /* its local port, counted in opened_ports; 0: not opened by a target, or not yet */
-	u32 pad;
+	u32 revision; /* of the targets, when `service` was looked up */
 };
 
-/* struct sock * -> watched_socket; deleted when the socket is destroyed. User space sets the size. */
+/* struct sock * -> watched_socket; deleted when the socket is destroyed. User space sets the size from the configuration. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 16384);
@@ -100,11 +100,25 @@ enum tcp_event_kind event_kind_type SEC(".rodata.types");
 
 /* ---- whose socket it is ---- */
 
+/* Its process or its port may belong to another service now. Of an opener that is no target any more it stays as it was. */
+static __noinline void find_service_again(struct watched_socket *socket, const struct sock *sk)
+{
+	u32 *service;
+
+	socket->revision = revision_now();
+	service = socket->tgid ? service_of_process(socket->tgid) : service_of_socket(sk);
+	if (service)
+		socket->service = *service;
+}
+
 static __always_inline struct watched_socket *known_socket(const struct sock *sk)
 {
 	u64 key = (u64)sk;
+	struct watched_socket *socket = bpf_map_lookup_elem(&sockets, &key);
 
-	return bpf_map_lookup_elem(&sockets, &key);
+	if (socket && socket->revision != revision_now())
+		find_service_again(socket, sk);
+	return socket;
 }
 
 /* False for nearly every socket of the host. Only for a `sk` that the verifier knows: it is read without a helper. */
@@ -132,6 +146,7 @@ static __always_inline struct watched_socket *watched_socket_of(const struct soc
 	socket = known_socket(sk);
 	if (socket)
 		return socket;
+	fresh.revision = revision_now();
 	service = service_of_socket(sk);
 	if (!service)
 		return NULL;
@@ -221,7 +236,7 @@ static __always_inline void send_event(void *ctx, struct tcp_event *event)
 static __always_inline void begin_connect(const struct sock *sk)
 {
 	u64 key = (u64)sk, who = bpf_get_current_pid_tgid();
-	struct watched_socket fresh = { .tgid = who >> 32, .tid = (u32)who };
+	struct watched_socket fresh = { .tgid = who >> 32, .tid = (u32)who, .revision = revision_now() };
 	u32 *service = service_of_task();
 
 	forget(sk); /* an earlier life of the memory, whose end was missed, or the same socket connects again */

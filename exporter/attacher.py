@@ -45,13 +45,11 @@ from exporter.status import (
 from exporter.status import Vitals as VitalsStatus
 from probes import host
 from probes.block import BlockProbe
-from probes.cuda import CudaProbe
 from probes.devices import find_devices
 from probes.discovery import Discovery, Targets
 from probes.errors import ConfigError, FootlightError
 from probes.memory import MemoryProbe
 from probes.probe import Probe, pick_transport
-from probes.probe_points import ProbePointsProbe
 from probes.processes import Processes, service_cgroups
 from probes.procfs import ProcFs
 from probes.requests import RequestsProbe
@@ -76,9 +74,7 @@ PERIOD_S: Final = 1.0
 CRASHES: Final = 5
 CRASH_WINDOW_S: Final = 60.0
 """After `CRASHES` crashes of the reader within this time the agent gives up."""
-_OTHER_PROBES: Final[tuple[type[Probe], ...]] = (
-    *(SchedulerProbe, TcpProbe, BlockProbe, MemoryProbe, SyscallsProbe, CudaProbe),
-)
+_OTHER_PROBES: Final[tuple[type[Probe], ...]] = (SchedulerProbe, TcpProbe, BlockProbe, MemoryProbe, SyscallsProbe)
 _SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP})
 _SO_SNDBUFFORCE: Final = 32
 _PACKET_OVERHEAD: Final = 64
@@ -230,14 +226,20 @@ def _wanted(
     memory = config.limits.memory
     for kind in _OTHER_PROBES:
         if getattr(config.probes, kind.name):
-            yield kind.name, partial(kind, transport, memory_bytes=memory, services=room, shares_with=requests)
+            make = partial(kind, transport, memory_bytes=memory, services=room, shares_with=requests)
+            yield kind.name, partial(make, connections=config.limits.connections) if kind is TcpProbe else make
+    # Probes of user code bring a pool of threads along: 0.5 MiB that an agent without them need not hold.
+    if config.probes.cuda:
+        from probes.cuda import CudaProbe  # noqa: PLC0415 - as said
+
+        yield CudaProbe.name, partial(CudaProbe, transport, memory_bytes=memory, services=room, shares_with=requests)
     if config.probe_points:
+        from probes.probe_points import ProbePointsProbe  # noqa: PLC0415 - as said
+
         names = [service.name for service in config.services]
         yield (
             ProbePointsProbe.name,
-            partial(
-                ProbePointsProbe, config.probe_points, names, transport, memory_bytes=memory, shares_with=requests
-            ),
+            partial(ProbePointsProbe, config.probe_points, names, transport, memory_bytes=memory, shares_with=requests),
         )
 
 
@@ -440,7 +442,8 @@ class _Attacher:
                 devices = find_devices(self._config.gpu.devices)
                 probe.follow_gpu_devices({device.number for device in devices})
                 self._gpu_devices = len(devices)
-            for note in probe.notes() if self._rounds else ():
+        for probe in self._probes.up if self._rounds else ():
+            for note in probe.notes():
                 self._warn_once(f"{probe.name}: {note}")
         if self._processes is not None:
             self._held = tuple(
@@ -501,8 +504,8 @@ class _Attacher:
             up=True,
             reason="",
             events=sum(counts[count] for count in probe.seen_counts()),
-            cpu_ns=cost.run_ns,
-            runs=cost.runs,
+            cpu_ns=None if cost is None else cost.run_ns,
+            runs=None if cost is None else cost.runs,
             losses=tuple(Loss(count.name.lower(), counts[count]) for count in probe.loss_counts()),
         )
 
@@ -542,7 +545,7 @@ class _Attacher:
                 resumes,
                 self._probes.room,
                 None if self._reloads is None else self._reloads.asking_fd,
-                next((each.points_map for each in self._probes.others if isinstance(each, ProbePointsProbe)), None),
+                next((each.points_map for each in self._probes.others if each.points_map is not None), None),
                 self._health,
             )
             self._reader = fork_reader(given)

@@ -6,6 +6,7 @@ not watched pay too. So they are on for one period in eight, and the cost in bet
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -13,9 +14,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 from probes import libbpf
+from probes.errors import HostError
 
 if TYPE_CHECKING:
     from probes.probe import Probe
+
+log = logging.getLogger("footlight")
 
 ONE_IN: Final = 8
 """Of this many turns one is measured, the very first among them."""
@@ -32,7 +36,8 @@ class Cost:
 class RunStats:
     """Measures the cost of `probes` in turns. A context manager: leaving it switches the statistics off.
 
-    `enable` switches them on and returns the descriptor that keeps them on; `clock` is in ns.
+    `enable` switches them on and returns the descriptor that keeps them on, or raises HostError: then no cost is known,
+    from then on, which is said once. `clock` is in ns.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class RunStats:
         self._enable = enable
         self._clock = clock
         self._descriptor: int | None = None
+        self._refused = False
         self._turns = 0
         self._began_ns = 0
         self._charged_until_ns = clock()
@@ -57,20 +63,27 @@ class RunStats:
     def __exit__(self, *_: object) -> None:
         self._switch_off()
 
-    def of(self, probe: Probe) -> Cost:
-        """The cost of a probe so far."""
-        return self._costs[probe.name]
+    def of(self, probe: Probe) -> Cost | None:
+        """The cost of a probe so far; None where the kernel does not measure it."""
+        return None if self._refused else self._costs[probe.name]
 
     def turn(self) -> None:
         """Call it at equal distances: begins a measurement, or ends one and charges it for the time without."""
         if self._descriptor is not None:
             self._charge()
             self._switch_off()
-        elif self._turns % ONE_IN == 0:
-            self._before = self._measured()
-            self._began_ns = self._clock()
-            self._descriptor = self._enable()
+        elif self._turns % ONE_IN == 0 and not self._refused:
+            self._begin()
         self._turns += 1
+
+    def _begin(self) -> None:
+        self._before = self._measured()
+        self._began_ns = self._clock()
+        try:
+            self._descriptor = self._enable()
+        except HostError as error:  # before Linux 5.8
+            self._refused = True
+            log.warning("what the probes cost is not known: %s", error.what)
 
     def _charge(self) -> None:
         now_ns = self._clock()

@@ -19,15 +19,21 @@ class BlockProbe(Probe):
     streams: ClassVar[tuple[Stream, ...]] = (
         Stream("block_ios", "block_io", "done_ns", 1 / 480, Count.SEEN_BLOCK_IOS, Count.LOST_BLOCK_IOS_RING_FULL),
     )
-    reasons: ClassVar[tuple[Count, ...]] = (Count.CLOCK_BACKWARDS, Count.BLOCK_IOS_FULL)
+    reasons: ClassVar[tuple[Count, ...]] = (Count.CLOCK_BACKWARDS, Count.BLOCK_IOS_FULL, Count.CGROUPS_FULL)
     stats: ClassVar[str | None] = "block_stats"
 
     def follow_cgroups(self, cgroups: Mapping[int, int]) -> None:
-        """Charge I/O of these cgroups (id -> service) to their service, whoever submits it."""
+        """Charge I/O of these cgroups (id -> service) to their service, whoever submits it.
+
+        What finds no room is counted, and tried again at the next call.
+        """
         table = self.map("cgroups")
         there = {_U64.unpack(key)[0]: _U32.unpack(value)[0] for key, value in table.items()}
         for gone in there.keys() - cgroups.keys():
             table.delete(_U64.pack(gone))
-        for cgroup, service in cgroups.items():
-            if there.get(cgroup) != service:
-                table.update(_U64.pack(cgroup), _U32.pack(service))
+        refused = {
+            cgroup
+            for cgroup, service in cgroups.items()
+            if there.get(cgroup) != service and not table.try_update(_U64.pack(cgroup), _U32.pack(service))
+        }
+        self._refuse(Count.CGROUPS_FULL, refused)

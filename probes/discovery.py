@@ -13,8 +13,9 @@ cmdline  the arguments, joined by spaces, contain the text. The agent itself, wh
 cgroup   the process is in the cgroup or below it, whole path components, version 1 or 2; the path may begin with
          where the hierarchy is mounted.
 
-A process that once held the port stays with its service until it ends or executes another program: a worker
-that shuts down gracefully closes the listening socket first and still has responses to finish.
+A process that once held a port of its rule stays with its service until it ends or executes another program: a worker
+that shuts down gracefully closes the listening socket first and still has responses to finish. Ports that no rule names
+stay the service's for `CLOSED_SCANS` more.
 
 What a process of a service started belongs to the service, too, unless it matches another one: an engine behind its
 API server holds no port. It stays when its parent ends. Its own ports count only where it matches by itself.
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
@@ -35,6 +37,10 @@ from probes.sockdiag import ListenerTable
 FORWARDERS: Final = frozenset({"systemd", "docker-proxy", "rootlesskit", "rootlessport", "slirp4netns", "pasta"})
 """File names of programs that hold a service's listening socket, or one of their own in front of it, and are not it."""
 
+CLOSED_SCANS: Final = 60
+"""After this many scans in which nobody listened on it, a port that no rule names is let go: the kernel gives such
+ports to anybody, the service's own connections to others among them. Kubernetes lets a process finish for 30 s.
+"""
 _YOUNG_SCANS: Final = 4
 """A new process is read anew in its first scans: it may be between fork and exec, or not yet in its cgroup."""
 _REFRESH_SCANS: Final = 30
@@ -94,7 +100,7 @@ class _Process:
     services: tuple[int, ...]  # those of which every condition but the port holds
     first_scan: int
     fresh: bool = True  # read anew in this scan
-    ports: set[int] = field(default_factory=set)  # that it listens on, or did since it was first seen
+    ports: dict[int, int] = field(default_factory=dict)  # that it listens on, or did: the last scan that saw a listener
     inherited: int | None = None  # the service of the process that started it
 
     def is_same_program(self, other: _Process) -> bool:
@@ -130,7 +136,7 @@ class Discovery:
     def reconfigure(self, services: Sequence[Service]) -> None:
         """Follow other rules from the next scan on; each service stands where it stood, new ones behind them.
 
-        What a process listened on before stays known, and whose child it is where that service's rule is the same.
+        The ports of a process stay known, and whose child it is where that service's rule is the same.
         """
         changed = {
             index
@@ -165,7 +171,7 @@ class Discovery:
             if process is None or not process.services:
                 continue
             for index in process.services:
-                served = self._rules[index].served(process.ports)
+                served = self._rules[index].served(process.ports.keys())
                 if served is None:
                     continue
                 processes[pid] = index
@@ -301,8 +307,10 @@ class Discovery:
             table = self._listeners.listeners(namespace, pids[-1])
             tables[namespace] = table
             opened = table.items() - self._tables.get(namespace, {}).items()
+            listening = set(table.values())
             for pid in pids:
                 self._read_ports_of(pid, table, {port for _, port in opened})
+                self._forget_ports_of(pid, listening)
         self._tables = tables
         self._listeners.forget(set(tables))
 
@@ -316,7 +324,18 @@ class Discovery:
             return
         if not any(rule.wants(table.values()) for rule in rules):
             return
-        process.ports.update(table[inode] for inode in self._fs.sockets(pid) & table.keys())
+        process.ports.update((table[inode], self._scans) for inode in self._fs.sockets(pid) & table.keys())
+
+    def _forget_ports_of(self, pid: int, listening: set[int]) -> None:
+        process = self._known[pid]
+        if process is None:
+            return
+        for port in process.ports.keys() & listening:
+            process.ports[port] = self._scans
+        closed = [port for port, seen in process.ports.items() if self._scans - seen > CLOSED_SCANS]
+        for port in closed:
+            if not any(port in self._rules[index].port for index in process.services):
+                del process.ports[port]
 
     # ---- what to say when there is nothing ----
 
@@ -369,7 +388,7 @@ class _Rule:
         """Whether one of these listening ports can make a difference."""
         return not self.port.isdisjoint(ports) if self.port else any(True for _ in ports)
 
-    def served(self, ports: set[int]) -> set[int] | None:
+    def served(self, ports: AbstractSet[int]) -> AbstractSet[int] | None:
         """The ports that count for the service, of those that a process listens on; None: it does not belong."""
         if not self.port:
             return ports

@@ -638,10 +638,21 @@ class Map:
 
     def update(self, key: bytes, value: bytes) -> None:
         """Set the value of `key`; add to a queue, whose key is empty. Raises ProbeError, also when the map is full."""
+        _check(f"{self}: update", self._update(key, value))
+
+    def try_update(self, key: bytes, value: bytes) -> bool:
+        """Set the value of `key`; return False where the map is full."""
+        result = self._update(key, value)
+        if result == -errno.E2BIG:
+            return False
+        _check(f"{self}: update", result)
+        return True
+
+    def _update(self, key: bytes, value: bytes) -> int:
         self._check_size("key", key, self.key_size)
         self._check_size("value", value, self.entry_size)
         # A queue has no keys, and the kernel takes no pointer to none.
-        _check(f"{self}: update", _library().bpf_map_update_elem(self.fd, key or None, value, 0))
+        return int(_library().bpf_map_update_elem(self.fd, key or None, value, 0))
 
     def delete(self, key: bytes) -> bool:
         """Remove `key`; return whether it was there."""

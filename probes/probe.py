@@ -9,20 +9,25 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from collections import Counter
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import ClassVar, Final, Self
+from typing import TYPE_CHECKING, ClassVar, Final, Self
 
 from probes import libbpf, perf_buffers
 from probes.errors import HostError
 
+if TYPE_CHECKING:
+    from probes.probe_points import PointsMap
+
 OBJECTS: Final = Path(__file__).parent / "objects"
 """The compiled probes; built with the package."""
 
-SHARED_MAPS: Final = ("targets", "target_filter", "ports", "port_bits")
+SHARED_MAPS: Final = ("targets", "target_filter", "ports", "port_bits", "revision")
 """The maps of bpf/targets.bpf.h: the requests probe's are everybody's."""
 
 _SMALLEST_RING: Final = 256 * 1024
@@ -88,6 +93,8 @@ class Count(Enum):
     ALLOCATIONS_FULL = 42
     UNKNOWN_FREES = 43
     NOT_ATTACHED = 44
+    PORTS_FULL = 45
+    CGROUPS_FULL = 46
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +180,8 @@ class Probe:
     """The C structure of the map `stats`, where the object has one."""
     optional: ClassVar[Mapping[str, str]] = {}
     """Programs that are left out, with what they measure, on a kernel whose BTF has no such tracepoint."""
+    points_map: PointsMap | None = None
+    """The slots of its points, where it has any."""
 
     def __init__(
         self,
@@ -185,6 +194,8 @@ class Probe:
         object_path: Path | None = None,
     ) -> None:
         self._stack = ExitStack()
+        self._refused: dict[Count, AbstractSet[object]] = {}
+        self._refused_cnt: Counter[Count] = Counter()
         path = object_path or OBJECTS / f"{self.name}.bpf.o"
         with ExitStack() as opening:
             self._object = opening.enter_context(_open(path))
@@ -236,7 +247,11 @@ class Probe:
 
     def notes(self) -> tuple[str, ...]:
         """What of it does not measure though it is attached, and why: a sentence for each."""
-        return ()
+        return tuple(
+            f"its table of {count.name.removesuffix('_FULL').lower()} is full: there is more that it does not follow"
+            for count, refused in self._refused.items()
+            if refused
+        )
 
     def map(self, name: str) -> libbpf.Map:
         """A map of the object. Raises ProbeError."""
@@ -248,7 +263,14 @@ class Probe:
         for key, raw in self._object.map("counts").items():
             (number,) = _U32.unpack(key)
             values[Count(number)] = sum(value for (value,) in _U64.iter_unpack(raw))
+        for count, refused in self._refused_cnt.items():
+            values[count] = values.get(count, 0) + refused
         return values
+
+    def _refuse(self, count: Count, refused: AbstractSet[object]) -> None:
+        """Count what a table that user space keeps has no room for now: each once, for as long as that is so."""
+        self._refused_cnt[count] += len(refused - self._refused.get(count, set()))
+        self._refused[count] = refused
 
     @classmethod
     def seen_counts(cls) -> tuple[Count, ...]:

@@ -97,7 +97,7 @@ class ProbePointsProbe(Probe):
         table = self.map("slots")
         for slot in range(table.max_entries if slots is None else slots):
             self.map("free_slots").update(b"", _U32.pack(slot))
-        self.points_map = PointsMap(path, table.fd, table.max_entries)
+        self.points_map: PointsMap = PointsMap(path, table.fd, table.max_entries)
         self._stack.callback(self._places.close)
 
     @classmethod

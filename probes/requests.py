@@ -41,6 +41,7 @@ class RequestsProbe(Probe):
         Count.UNSEEN_BYTES_CALLS,
         Count.UNFOLLOWED_IO,
         Count.STALE_CONNECTION,
+        Count.PORTS_FULL,
     )
 
     def __init__(
@@ -55,8 +56,10 @@ class RequestsProbe(Probe):
         self._connections = connections
         self._processes: dict[int, int] = {}
         self._ports: dict[tuple[int, int], int] = {}
+        self._revision = 0
         super().__init__(transport, memory_bytes=memory_bytes, sizes=sizes, object_path=object_path)
         self._filter = self._stack.enter_context(mmap.mmap(self.map("target_filter").fd, _FILTER_BYTES))
+        self._filter.madvise(mmap.MADV_DONTFORK)  # the reader is forked, and whoever writes here blinds every probe
 
     def _set_up(self) -> None:
         self._object.map("connections").max_entries = self._connections
@@ -65,18 +68,27 @@ class RequestsProbe(Probe):
     def follow(self, processes: Mapping[int, int], ports: Mapping[tuple[int, int], int]) -> None:
         """Follow these processes (tgid -> service) and (network namespace, port) -> service, and their children.
 
-        A process that the kernel added by itself, because a target forked it, stays until it exits.
+        A process that the kernel added by itself, because a target forked it, stays until it exits. What finds no room
+        is counted, and tried again at the next call.
         """
-        targets = self._object.map("targets")
+        targets, there = self._object.map("targets"), self.targets()
         gone = self._processes.keys() - processes.keys()
+        changed, refused = bool(gone), set()
         for tgid in gone:
             targets.delete(_U32.pack(tgid))
         for tgid, service in processes.items():
-            if self._processes.get(tgid) != service:
-                self._filter[tgid % _FILTER_BYTES] = _MAYBE
-                targets.update(_U32.pack(tgid), _U32.pack(service))
+            if there.get(tgid) == service:
+                continue
+            self._filter[tgid % _FILTER_BYTES] = _MAYBE
+            if targets.try_update(_U32.pack(tgid), _U32.pack(service)):
+                changed = True
+            else:
+                refused.add(tgid)
+        self._refuse(Count.TARGETS_FULL, refused)
         self._processes = dict(processes)
-        self._follow_ports(ports)
+        if self._follow_ports(ports) or changed:
+            self._revision += 1
+            self._object.map("revision").update(_U32.pack(0), _U32.pack(self._revision))
         self._sweep_filter(gone)
 
     def targets(self) -> dict[int, int]:
@@ -101,15 +113,21 @@ class RequestsProbe(Probe):
                     self._filter[place] = following
                 place = content.find(mark, place + 1)
 
-    def _follow_ports(self, ports: Mapping[tuple[int, int], int]) -> None:
+    def _follow_ports(self, ports: Mapping[tuple[int, int], int]) -> bool:
+        """Return whether anything is new."""
         table, bits = self._object.map("ports"), self._object.map("port_bits")
         for gone in self._ports.keys() - ports.keys():
             table.delete(_PORT_KEY.pack(*gone))
-        for key, service in ports.items():
-            if self._ports.get(key) != service:
-                table.update(_PORT_KEY.pack(*key), _U32.pack(service))
+        followed = {
+            key: service
+            for key, service in ports.items()
+            if self._ports.get(key) == service or table.try_update(_PORT_KEY.pack(*key), _U32.pack(service))
+        }
+        self._refuse(Count.PORTS_FULL, ports.keys() - followed.keys())
         before = {port for _, port in self._ports}
-        now = {port for _, port in ports}
+        now = {port for _, port in followed}
         for port in before ^ now:
             bits.update(_U32.pack(port), bytes([port in now]))
-        self._ports = dict(ports)
+        changed = followed != self._ports
+        self._ports = followed
+        return changed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -92,6 +93,8 @@ def test_reloads_under_load_lose_nothing(uvicorn: Service, tmp_path: Path) -> No
         assert metrics.sum("footlight_capture_total") == REQUESTS
         assert metrics.sum("footlight_lost_events_total", probe="requests") == 0
         assert metrics.sum("footlight_reader_restarts_total") == 0
+        held = [os.readlink(each) for each in Path(f"/proc/{observer.reader}/fd").iterdir()]
+        assert not [name for name in held if "bpf" in name or "perf" in name], "the rings are mapped, that suffices"
 
 
 def test_a_service_can_come_and_go(tmp_path: Path) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from exporter.request import Capture
 from probes.probe import Count, Transport
+from probes.records import RequestRecords
 from tests.kernel.conftest import (
     Followed,
     Recorded,
@@ -204,6 +209,51 @@ def test_a_process_that_is_followed_no_longer_is_not_captured(recorded: Recorded
     recorded.until_closed()
     assert recorded.recorder.only.read_bytes == [b"first"]
     assert recorded.recorder.only.writes == []
+
+
+def test_a_forked_reader_does_not_inherit_the_filter(recorded: Recorded) -> None:
+    """It decodes what strangers sent, as nobody; whoever can write there can blind every probe."""
+    address = np.frombuffer(recorded.probe.raw._filter, np.uint8).ctypes.data
+    assert is_mapped(address, os.getpid())
+    inherits, ends = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(ends)
+        os.read(inherits, 1)
+        os._exit(0)
+    try:
+        assert not is_mapped(address, child)
+    finally:
+        os.close(ends)
+        os.close(inherits)
+        os.waitpid(child, 0)
+
+
+def test_records_come_when_the_descriptors_were_closed_that_they_are_mapped_from(
+    transport: Transport, serve: StartServer
+) -> None:
+    """So the reader keeps none: with one it could do more than read."""
+    server, requests = serve(*ONE_REQUEST), Requests()
+    with loaded(transport) as probe:
+        copies = [replace(each, fds=tuple(map(os.dup, each.fds))) for each in probe.raw.channels]
+        with RequestRecords(copies) as probe.records:
+            for fd in (fd for each in copies for fd in each.fds):
+                os.close(fd)
+            probe.raw.attach()
+            watch = Watch(probe)
+            watch.follow(server)
+            with server.connect() as client:
+                client.sendall(request("owl"))
+                assert receive_all(client) == ANSWER
+            server.done()
+            watch.until(requests, lambda: requests.done and not len(requests), "the connection is closed")
+            assert requests.only.capture is Capture.complete
+
+
+def is_mapped(address: int, pid: int) -> bool:
+    """Whether a process has memory there."""
+    ranges = [line.split()[0].split("-") for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    return any(int(first, 16) <= address < int(end, 16) for first, end in ranges)
 
 
 # ---- the agent comes late ----

@@ -125,10 +125,10 @@ class Tcp:
 
 
 @contextlib.contextmanager
-def loaded(transport: Transport, kind: type[TcpProbe] = TcpProbe) -> Iterator[Tcp]:
+def loaded(transport: Transport, **given: Any) -> Iterator[Tcp]:  # noqa: ANN401 - what the probe takes
     with ExitStack() as stack:
         requests = stack.enter_context(RequestsProbe(transport))
-        probe = stack.enter_context(kind(transport, services=2, shares_with=requests))
+        probe = stack.enter_context(TcpProbe(transport, services=2, shares_with=requests, **given))
         probe.attach()
         yield Tcp(requests, probe, stack)
 
@@ -358,11 +358,7 @@ def test_the_mean_agrees_with_bpftrace(tcp: Tcp, wire: Wire, start: StartCaller)
 
 
 def test_a_full_table_counts_what_it_does_not_time(transport: Transport) -> None:
-    class SmallProbe(TcpProbe):
-        def _set_up(self) -> None:
-            self._object.map("sockets").max_entries = 5
-
-    with loaded(transport, SmallProbe) as tcp, contextlib.closing(Caller()) as target, listening() as listener:
+    with loaded(transport, connections=5) as tcp, contextlib.closing(Caller()) as target, listening() as listener:
         tcp.follow(target.pid)
         for number in range(11):
             target("connect", f"{number}", "127.0.0.1", port_of(listener))
@@ -490,6 +486,33 @@ def test_a_peek_leaves_the_bytes_unread(tcp: Tcp, start: StartCaller) -> None:
         assert target("receive", "one", 100) == 100
         assert tcp.count("receive_queue") == 1
         assert tcp.sum_ns("receive_queue") >= least
+
+
+def test_a_connection_goes_with_its_process_to_another_service(tcp: Tcp, start: StartCaller) -> None:
+    target, stranger = start(), start()
+    tcp.follow(target.pid)
+    with listening() as listener:
+        target("connect", "up", "127.0.0.1", port_of(listener))
+        with listener.accept()[0] as server:
+            for processes, service in (((target,), 0), ((stranger, target), 1)):
+                tcp.follow(*(each.pid for each in processes))
+                for _ in range(5):
+                    server.sendall(bytes(10))
+                    target("receive_all", "up", 10)
+                assert [tcp.count("receive_queue", each) for each in range(2)] == [5 * (1 - service), 5 * service]
+
+
+def test_a_connection_goes_with_its_port_to_another_service(tcp: Tcp, start: StartCaller) -> None:
+    target = start()
+    ports, port = served(target)
+    with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as client:
+        target("accept", "listener", "one")
+        for service in range(2):
+            tcp.follow(target.pid, ports=dict.fromkeys(ports, service))
+            for _ in range(5):
+                client.sendall(bytes(10))
+                target("receive_all", "one", 10)
+            assert [tcp.count("receive_queue", each) for each in range(2)] == [5 * (1 - service), 5 * service]
 
 
 def test_answers_to_a_service_lie_in_its_sockets_too(tcp: Tcp, start: StartCaller) -> None:

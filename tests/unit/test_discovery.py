@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from exporter.config import Match, Service
-from probes.discovery import Discovery, Targets
+from probes.discovery import CLOSED_SCANS, Discovery, Targets
 from probes.procfs import ProcFs, Stat, parse_link_inode, parse_listeners, parse_stat
 from probes.sockdiag import ListenerTable, _take
 
@@ -138,6 +138,36 @@ def test_a_process_that_closed_its_listening_socket_stays_until_it_ends(proc: Fa
         assert watch.scan() == Targets({101: 0}, {(HOST, 8000): 0})
     proc.remove(101)
     assert watch.scan() == Targets({}, {})
+
+
+def test_ports_that_are_listened_on_no_longer_are_let_go(proc: FakeProc) -> None:
+    """Else ports that a process uses once each add up, and later connections from them pass for the service's own."""
+    proc.add(101, "/usr/bin/vllm", sockets=[11, 13])
+    tables = {HOST: {11: 8000, 13: 32771}}
+    watch = discovery(proc, tables, Match(exe=("vllm",)))
+    assert watch.scan() == Targets({101: 0}, {(HOST, 8000): 0, (HOST, 32771): 0})
+    for number in range(1, 2 * CLOSED_SCANS):
+        (proc.root / "101/fd/4").unlink()
+        (proc.root / "101/fd/4").symlink_to(f"socket:[{100 + number}]")
+        tables[HOST] = {11: 8000, 100 + number: 32771 + number}
+        found = watch.scan()
+        assert found.processes == {101: 0}
+        assert {(HOST, 8000), (HOST, 32771 + number)} <= found.ports.keys()
+        # a worker that shuts down closes its listener first: what it still answers is measured for a while
+        assert ((HOST, 32771) in found.ports) == (number <= CLOSED_SCANS)
+        assert len(found.ports) <= CLOSED_SCANS + 2
+
+
+def test_a_port_that_is_listened_on_again_has_its_time_anew(proc: FakeProc) -> None:
+    proc.add(101, "/usr/bin/vllm", sockets=[11])
+    tables = {HOST: {11: 8000}}
+    watch = discovery(proc, tables, Match(exe=("vllm",)))
+    for _ in range(3):
+        watch.scan()
+        tables[HOST] = {}
+        for _ in range(CLOSED_SCANS):
+            assert watch.scan() == Targets({101: 0}, {(HOST, 8000): 0})
+        tables[HOST] = {11: 8000}
 
 
 def test_a_reused_pid_does_not_inherit_the_match(proc: FakeProc) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import socket
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -18,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exporter import attacher
-from exporter.config import Config, Match, Probes, Service
+from exporter.config import Config, Limits, Match, ProbePoint, Probes, Service
 from exporter.parting import STATUS_PACKET
 from exporter.status import AgentStatus, SyscallLatency
 from probes import libbpf, probe
@@ -76,7 +78,7 @@ def test_streams_have_names_of_their_own() -> None:
 def test_each_probe_but_the_requests_probe_can_be_switched_off() -> None:
     by_name = {kind.name for kind in ALL} - {ProbePointsProbe.name}  # which is wanted where the config names points
     assert by_name <= set(Probes.__struct_fields__)
-    assert set(attacher._OTHER_PROBES) == set(ALL) - {RequestsProbe, ProbePointsProbe}
+    assert set(attacher._OTHER_PROBES) == set(ALL) - {RequestsProbe, CudaProbe, ProbePointsProbe}
 
 
 def test_all_rings_together_are_within_the_limit() -> None:
@@ -128,9 +130,17 @@ class FakeMap:
     def __init__(self, before_listing: Callable[[], None] = lambda: None) -> None:
         self.content: dict[bytes, bytes] = {}
         self.before_listing = before_listing
+        self.max_entries = 1 << 16
 
     def update(self, key: bytes, value: bytes) -> None:
+        if not self.try_update(key, value):
+            raise ProbeError("the map is full", "make it larger")
+
+    def try_update(self, key: bytes, value: bytes) -> bool:
+        if key not in self.content and len(self.content) == self.max_entries:
+            return False
         self.content[key] = value
+        return True
 
     def delete(self, key: bytes) -> None:
         self.content.pop(key, None)
@@ -145,10 +155,11 @@ class Kernel:
     """The requests probe over maps in memory, and what the kernel's programs do with them."""
 
     def __init__(self) -> None:
-        self.maps = {name: FakeMap() for name in ("targets", "ports", "port_bits")}
+        self.maps = {name: FakeMap() for name in ("targets", "ports", "port_bits", "revision", "counts")}
         self.filter = bytearray(65536)
         self.probe = RequestsProbe.__new__(RequestsProbe)
-        self.probe._processes, self.probe._ports = {}, {}
+        self.probe._processes, self.probe._ports, self.probe._revision = {}, {}, 0
+        self.probe._refused, self.probe._refused_cnt = {}, Counter()
         self.probe._object = cast("libbpf.Object", SimpleNamespace(map=self.maps.__getitem__))
         self.probe._filter = cast("Any", self.filter)
 
@@ -158,6 +169,11 @@ class Kernel:
 
     def exit(self, tgid: int) -> None:
         self.maps["targets"].delete(tgid.to_bytes(4, "little"))
+
+    @property
+    def revision(self) -> bytes | None:
+        """What programs compare with to see that the tables changed."""
+        return self.maps["revision"].content.get(bytes(4))
 
     def follows(self, tgid: int) -> bool:
         """As service_of_process() of bpf/targets.bpf.h."""
@@ -218,6 +234,86 @@ def test_a_place_that_was_cleared_wrongly_is_set_again() -> None:
     kernel.filter[101] = 0
     kernel.probe.follow({101: 0}, {})
     assert kernel.follows(101)
+
+
+def test_a_pid_that_was_used_again_within_a_round_is_followed() -> None:
+    """The kernel forgot the one that ended; the other one is of the same service, so nothing else has changed."""
+    kernel = Kernel()
+    kernel.probe.follow({101: 0}, {})
+    kernel.exit(101)
+    kernel.probe.follow({101: 0}, {})
+    assert kernel.follows(101)
+
+
+def test_the_revision_changes_when_what_is_known_of_a_target_or_port_may_be_wrong() -> None:
+    kernel = Kernel()
+    revisions = []
+    for processes, ports in (
+        ({101: 0, 103: 0}, {}),
+        ({101: 0, 103: 1}, {}),
+        ({101: 0}, {}),
+        ({101: 0}, {(7, 80): 0}),
+        ({101: 0}, {(7, 80): 1}),
+        ({101: 0}, {}),
+    ):
+        kernel.probe.follow(processes, ports)
+        revisions.append(kernel.revision)
+        kernel.probe.follow(processes, ports)
+        assert kernel.revision == revisions[-1]
+    assert len(set(revisions)) == len(revisions)
+
+
+# ---- full tables ----
+
+
+def counted(kernel: Kernel) -> dict[Count, int]:
+    return {count: number for count, number in kernel.probe.counts().items() if number}
+
+
+def test_ports_that_find_no_room_are_counted_once_and_the_agent_goes_on() -> None:
+    kernel = Kernel()
+    kernel.maps["ports"].max_entries = 3
+    ports = {(7, port): 0 for port in range(80, 85)}
+    for _ in range(3):
+        kernel.probe.follow({101: 0}, ports)
+        assert counted(kernel) == {Count.PORTS_FULL: 2}
+        assert [note for note in kernel.probe.notes() if "ports" in note]
+    assert len(kernel.maps["ports"].content) == 3
+    assert [port for port in range(80, 85) if kernel.maps["port_bits"].content.get(port.to_bytes(4, "little"))] == [
+        80, 81, 82,
+    ]  # fmt: skip
+    kernel.probe.follow({101: 0}, {(7, port): 0 for port in range(82, 85)})
+    assert len(kernel.maps["ports"].content) == 3
+    assert counted(kernel) == {Count.PORTS_FULL: 2}
+    assert kernel.probe.notes() == ()
+
+
+def test_processes_that_find_no_room_are_counted_once_and_the_agent_goes_on() -> None:
+    kernel = Kernel()
+    kernel.maps["targets"].max_entries = 2
+    kernel.maps["counts"].content = {Count.TARGETS_FULL.value.to_bytes(4, "little"): (11).to_bytes(8, "little")}
+    for _ in range(3):
+        kernel.probe.follow(dict.fromkeys((101, 103, 107), 0), {})
+        assert counted(kernel) == {Count.TARGETS_FULL: 12}
+    assert kernel.probe.targets() == {101: 0, 103: 0}
+    assert [note for note in kernel.probe.notes() if "targets" in note]
+    kernel.exit(101)
+    kernel.probe.follow(dict.fromkeys((103, 107), 0), {})
+    assert kernel.follows(107)
+    assert kernel.probe.notes() == ()
+
+
+def test_cgroups_that_find_no_room_are_counted_once_and_the_agent_goes_on() -> None:
+    cgroups, counts = FakeMap(), FakeMap()
+    cgroups.max_entries = 2
+    block = BlockProbe.__new__(BlockProbe)
+    block._refused, block._refused_cnt = {}, Counter()
+    block._object = cast("libbpf.Object", SimpleNamespace(map={"cgroups": cgroups, "counts": counts}.__getitem__))
+    for _ in range(3):
+        block.follow_cgroups(dict.fromkeys((11, 13, 17), 0))
+        assert block.counts()[Count.CGROUPS_FULL] == 1
+    assert len(cgroups.content) == 2
+    assert [note for note in block.notes() if "cgroups" in note]
 
 
 TGIDS = st.integers(1, 8).map(lambda number: number % 4 + 65536 * (number // 4) + 1)
@@ -323,6 +419,50 @@ def test_without_the_requests_probe_there_is_no_agent(monkeypatch: pytest.Monkey
     assert [each for each in log if each.startswith("close")] == [
         "close memory", "close tcp", "close scheduler", "close requests",
     ]  # fmt: skip
+
+
+def test_an_agent_without_probes_of_user_code_does_not_hold_what_they_need() -> None:
+    code = "import sys, exporter.attacher; print(sys.modules.keys() & {'concurrent.futures', 'probes.user_probes'})"
+    root = Path(probe.__file__).parents[1]
+    said = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=True)
+    assert said.stdout == b"set()\n"
+
+
+def test_probes_of_user_code_are_loaded_where_they_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = fake_probes(monkeypatch, {})
+    for module, kind in (("cuda", CudaProbe), ("probe_points", ProbePointsProbe)):
+        made = type("Made", (FakeProbe,), {"name": kind.name, "log": log})
+        monkeypatch.setattr(f"probes.{module}.{kind.__name__}", made)
+    monkeypatch.setattr(attacher, "_OTHER_PROBES", ())
+    point = ProbePoint("kv", "libllm.so", "look_up", None, None, 1, 2, None)
+    config = Config(services=CONFIG.services, probes=Probes(cuda=True), probe_points=(point,))
+    with attacher._Probes(config, Transport.RING, 1) as probes:
+        assert [each.name for each in probes.up] == ["requests", "cuda", "probe_points"]
+
+
+@pytest.mark.parametrize("connections", [64, 65536])
+def test_the_limit_of_connections_is_every_probes(connections: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, object] = {}
+
+    class Tcp(FakeProbe):
+        name, log = "tcp", []
+
+        def __init__(self, *_: object, connections: int, **__: object) -> None:
+            given["tcp"] = connections
+
+    class Requests(FakeProbe):
+        name, log = "requests", []
+
+        def __init__(self, *_: object, connections: int, **__: object) -> None:
+            given["requests"] = connections
+
+    fake_probes(monkeypatch, {})
+    monkeypatch.setattr(attacher, "RequestsProbe", Requests)
+    monkeypatch.setattr(attacher, "TcpProbe", Tcp)
+    monkeypatch.setattr(attacher, "_OTHER_PROBES", (Tcp,))
+    config = Config(services=CONFIG.services, limits=Limits(connections=connections))
+    with attacher._Probes(config, Transport.RING, 1):
+        assert given == {"requests": connections, "tcp": connections}
 
 
 # ---- the report ----

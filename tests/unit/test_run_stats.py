@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from typing import cast
@@ -9,6 +10,7 @@ from typing import cast
 import pytest
 
 from exporter.run_stats import ONE_IN, Cost, RunStats
+from probes.errors import HostError
 from probes.libbpf import ProgramStats
 from probes.probe import Probe
 
@@ -131,3 +133,20 @@ def test_leaving_switches_the_statistics_off(kernel: Kernel) -> None:
     assert not kernel.is_on()
     with RunStats((probe,), kernel.enable, lambda: kernel.now_ns):
         pass
+
+
+def test_a_kernel_that_does_not_measure_is_asked_once(kernel: Kernel, caplog: pytest.LogCaptureFixture) -> None:
+    asked: list[int] = []
+
+    def refuse() -> int:
+        asked.append(kernel.now_ns)
+        raise HostError("cannot switch on BPF run-time statistics: Invalid argument", "use Linux 5.8")
+
+    probe = cast("Probe", FakeProbe("a", kernel))
+    with caplog.at_level(logging.WARNING), RunStats((probe,), refuse, lambda: kernel.now_ns) as stats:
+        for _ in range(3 * ONE_IN):
+            stats.turn()
+            kernel.pass_time(1)
+            assert stats.of(probe) is None
+    assert len(asked) == 1
+    assert caplog.text.count("cannot switch on BPF run-time statistics") == 1
