@@ -52,8 +52,8 @@ def _stats(board: Board) -> None:
     )
     board.stat(
         "Probes down",
-        "Probes that were asked for and are not attached, over all agents.",
-        f"sum(1 - footlight_probe_up{{{NODE}}})",
+        "Probes that are wanted and not attached, over all agents. A GPU probe that is `auto` does not count.",
+        f"sum((1 - footlight_probe_up{{{NODE}}}) * footlight_probe_required{{{NODE}}})",
         "none",
         empty=GONE,
         steps=((None, GREEN), (1, RED)),

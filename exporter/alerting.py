@@ -10,9 +10,9 @@ does not see what it was asked to. These are alerts of dashboards/rules/footligh
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Final
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from exporter.slo.events import Events
     from exporter.slo.model import Objective
     from exporter.status import AgentStatus, ProbeStatus
+
+    UnderWay = Callable[[], Iterable[tuple[Request, bool]]]
+    """Every request that is not over, and whether its client has left."""
 
 BURN: Final = "ErrorBudgetBurn"
 FAIL: Final = "FootlightRequestsFail"
@@ -90,55 +93,73 @@ class Alert:
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """An objective that is looked at, in `services` (labels), for `alert`. `objectives` are the rules', by service."""
+    """An objective that is looked at, in `services` (labels), for `alert`. `objectives` are the rules', by service.
+
+    `others` are services and models for which another objective is looked at.
+    """
 
     alert: str
     slo: Slo
     weights: Weights
     services: frozenset[str]
     objectives: Mapping[str, Objective]
+    others: frozenset[tuple[str, str]] = frozenset()
 
     def is_about(self, service: str, model: str) -> bool:
         """Whether it is about a model, by its labels."""
-        return service in self.services and self.slo.model_name in (None, model)
+        if service not in self.services or (service, model) in self.others:
+            return False
+        return self.slo.model_name in (None, model)
 
 
 class _Row:
     """One objective of one service and model."""
 
-    __slots__ = ("before", "burn", "series", "since_ns", "wanted")
+    __slots__ = ("before", "burn", "counted", "series", "since_ns", "wanted")
 
     def __init__(self, wanted: _Wanted, before: Events) -> None:
         self.wanted = wanted
-        self.before = before
+        self.before = before  # what the series had told at the last look
         self.series: list[Series] = []
+        self.counted: dict[int, Request] = {}  # by number: bad ones that the series do not tell of yet
         self.burn = FastBurn(wanted.weights)
         self.since_ns = 0
+
+    def begin(self, overdue: Iterable[Request]) -> int:
+        """Count requests that are overdue; tell how many did not count before."""
+        fresh = {request.number: request for request in overdue if request.number not in self.counted}
+        self.counted.update(fresh)
+        return len(fresh)
+
+    def settle(self, over: AbstractSet[int]) -> int:
+        """Tell how many that counted are among the bad ones that the series tell of by now. `over` are numbers."""
+        told = 0
+        for number, request in list(self.counted.items()):
+            is_told = _is_told(self.wanted.slo, request, is_over=number in over)
+            if is_told or number in over:
+                del self.counted[number]
+                told += is_told and request.series() in self.series  # before its answer it may have had another model
+        return told
 
 
 Key = tuple[int, str, str]  # position of the objective, service_name, model_name
 
 
-def _nobody() -> Iterable[Request]:
+def _nobody() -> Iterable[tuple[Request, bool]]:
     return ()
 
 
 class Alerting:
     """Looks at the series of `slis` and at the requests `under_way`."""
 
-    def __init__(
-        self,
-        config: Config,
-        slis: Slis,
-        under_way: Callable[[], Iterable[Request]] = _nobody,
-    ) -> None:
-        self.unfollowed = 0  # objectives times models for which there was no room
+    def __init__(self, config: Config, slis: Slis, under_way: UnderWay = _nobody) -> None:
         self._slis = slis
         self._under_way = under_way
         self._conditions = _Conditions()
         self._firing: Sequence[Alert] = ()
         self._wanted: list[_Wanted] = []
         self._rows: dict[Key, _Row] = {}
+        self._without_room: set[Key] = set()
         self._known = 0
         self.reconfigure(config)
 
@@ -154,7 +175,7 @@ class Alerting:
             if number is not None and self._wanted[number].is_about(service, model):
                 row.wanted = self._wanted[number]
                 self._rows[number, service, model] = row
-        self._known = 0
+        self._known = -1
         self._slis.flush(self._slis.clock())
         self._find_rows(new=False)
 
@@ -162,6 +183,11 @@ class Alerting:
     def firing(self) -> Sequence[Alert]:
         """What the last `look` found."""
         return self._firing
+
+    @property
+    def unfollowed(self) -> int:
+        """Objectives times models for which there is no room."""
+        return len(self._without_room)
 
     def counts(self) -> Mapping[str, int]:
         """How many fire, by `alertname`; those that do not are 0."""
@@ -171,22 +197,21 @@ class Alerting:
     def look(self, status: AgentStatus | None, seen_ns: int) -> Sequence[Alert]:
         """Look at everything. All that happened before `seen_ns` was counted, and possibly more."""
         self._find_rows(new=True)
-        overdue = self._overdue(seen_ns)
+        overdue, over = self._overdue(seen_ns)
         found = []
         for key, row in self._rows.items():
             good, events = NONE
             for series in row.series:
                 more = events_of(row.wanted.slo, series)
                 good, events = good + more[0], events + more[1]
-            lasting = overdue[key]
+            bad = (events - good) - (row.before[1] - row.before[0])
+            lasting = overdue.get(key, ())
             # One that is overdue counts now, and not again when it is over.
-            now = (good, events + lasting)
+            more_bad = row.begin(lasting) - min(bad, row.settle(over))
+            all_ = events - row.before[1] + more_bad
+            row.before = good, events
             was_burning = row.burn.is_burning
-            # Fewer than before: somebody who waited too long has left. It was counted.
-            bad = max(0, (now[1] - now[0]) - (row.before[1] - row.before[0]))
-            all_ = max(bad, now[1] - row.before[1])
-            row.before = now
-            if row.burn.take(bad, all_, lasting, seen_ns):
+            if row.burn.take(bad + more_bad, all_, len(lasting), seen_ns):
                 row.since_ns = row.since_ns if was_burning else seen_ns
                 found.append(self._burning(key, row))
         found += self._conditions.look(status, self._services, seen_ns)
@@ -199,7 +224,7 @@ class Alerting:
         if len(every) == self._known:
             return
         self._known = len(every)
-        self.unfollowed = 0
+        self._without_room.clear()
         followed: dict[Key, list[Series]] = {}
         for series in every:
             for number, wanted in enumerate(self._wanted):
@@ -221,22 +246,32 @@ class Alerting:
         row = self._rows.get(key)
         if row is None:
             if len(self._rows) >= MOST_ROWS:
-                self.unfollowed += 1
+                self._without_room.add(key)
                 return None
             row = self._rows[key] = _Row(self._wanted[key[0]], NONE)
         return row
 
-    def _overdue(self, now_ns: int) -> Counter[Key]:
-        """How many requests under way are bad already, by row."""
-        found: Counter[Key] = Counter()
+    def _overdue(self, now_ns: int) -> tuple[Mapping[Key, Sequence[Request]], AbstractSet[int]]:
+        """Requests under way that are bad already, by row; and the numbers of those that were, and are over."""
+        found: defaultdict[Key, list[Request]] = defaultdict(list)
+        over = {number for row in self._rows.values() for number in row.counted}
         latencies = [
             (number, wanted, round(wanted.slo.below_s * 1e9))
             for number, wanted in enumerate(self._wanted)
             if wanted.slo.below_s is not None and wanted.slo.sli in _LASTING
         ]
         if not latencies:
-            return found
-        for request in itertools.islice(self._under_way(), MOST_REQUESTS):
+            return found, over
+        looked_at = 0
+        for request, has_left in self._under_way():
+            over.discard(request.number)
+            if has_left:
+                continue
+            looked_at += 1
+            if looked_at > MOST_REQUESTS:
+                if not over:
+                    break
+                continue  # only to see who is not over
             if not request.is_whole:
                 continue
             names: tuple[str, str] | None = None
@@ -247,8 +282,8 @@ class Alerting:
                 if names is None:
                     names = safe(request.service), self._slis.model_label(request.service, request.model)
                 if wanted.is_about(*names) and self._row((number, *names)) is not None:
-                    found[number, *names] += 1
-        return found
+                    found[number, *names].append(request)
+        return found, over
 
     def _burning(self, key: Key, row: _Row) -> Alert:
         _, service, model = key
@@ -274,20 +309,24 @@ def _wanted(config: Config) -> Iterable[_Wanted]:
     fast = tuple(slo for slo in config.slos if slo.sli in FAST_SLIS)
     for native in natives(msgspec.structs.replace(config, slos=fast)):
         objectives.setdefault(native.slo.name, {})[native.objective.service] = native.objective
-    followed: set[str] = set()
+    services: set[str] = set()  # those with an objective about errors, as are these models
+    models: set[tuple[str, str]] = set()
     for slo in fast:
         of_slo = objectives.get(slo.name, {})
+        if slo.sli == SLO_ERRORS:
+            if slo.model_name is None:
+                services.update(of_slo)
+            else:
+                models.update((service, slo.model_name) for service in of_slo)
         budget = 1 - Decimal(repr(slo.target))
         able = possible(PAGE, budget)
         if not able:
             continue  # every event may be bad, and the budget would still not burn fast
         weights = Weights.of(float(budget), max(float(burn.factor) for burn in able))
         yield _Wanted(BURN, slo, weights, frozenset(of_slo), of_slo)
-        if slo.sli == SLO_ERRORS and slo.model_name is None:
-            followed.update(of_slo)
-    others = frozenset(safe(service.name) for service in config.services) - followed
+    others = frozenset(safe(service.name) for service in config.services) - services
     for alert, slo in _SILENT:
-        yield _Wanted(alert, slo, Weights.of(1 - slo.target, float(PAGE[0].factor)), others, {})
+        yield _Wanted(alert, slo, Weights.of(1 - slo.target, float(PAGE[0].factor)), others, {}, frozenset(models))
 
 
 def _labels(name: str, others: Mapping[str, str]) -> Labels:
@@ -305,6 +344,17 @@ _LASTING: Final[Mapping[str, Callable[[Request, int], int | None]]] = {
     "duration": lambda request, now_ns: now_ns - request.arrived_ns,
 }
 """How long the latency of a request under way is at the least, in ns; None where it is known, or never will be."""
+
+
+def _is_told(slo: Slo, request: Request, *, is_over: bool) -> bool:
+    """Whether the series tell that the latency of a request that was overdue is bad."""
+    if slo.sli == "ttft":
+        return request.first_token is not None
+    last = request.last_token
+    if is_over and slo.sli == "longest_gap" and last is not None and slo.below_s is not None:
+        # A gap that only the end of the request ended is none.
+        return (request.longest_gap_by(last[0]) or 0) > round(slo.below_s * 1e9)
+    return is_over
 
 
 class _Conditions:

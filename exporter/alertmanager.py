@@ -1,7 +1,8 @@
 """Brings alerts to the configured Alertmanagers, each in a thread of its own: what fires, that it still does, its end.
 
 An alert goes out when it begins, every minute while it lasts, and when it is over. What an Alertmanager does not take
-is kept, the newest word on each alert, and sent again after a pause that doubles up to `LONGEST_PAUSE_S`.
+is kept, the newest word on each alert, and sent again after a pause that doubles up to `LONGEST_PAUSE_S`; but what it
+refuses as wrong is given up: it has stored what was right in it, and the rest would hold up all that comes after.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ SHORTEST_PAUSE_S: Final = 0.25
 LONGEST_PAUSE_S: Final = 5.0
 _ANSWER_BYTES: Final = 4096
 _PATIENCE_S: Final = 0.5
+_LATER: Final = (408, 429)  # the statuses of the client's faults that are none
 _STATUS: Final = re.compile(rb"HTTP/1\.[01] ([0-9]{3})[ \r]")
 
 
@@ -54,7 +56,8 @@ class Failure(Enum):
     UNREACHABLE = "unreachable"
     TLS = "tls"
     NOT_HTTP = "not_http"
-    HTTP_STATUS = "http_status"
+    REJECTED = "rejected"  # 4xx: it would not take it the next time either
+    HTTP_STATUS = "http_status"  # any other status, of which the next one may be better
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +142,10 @@ class Outbox:
             return Delivered(self.target.url, self._taken, self._dropped, failures)
 
     def deliver(self) -> bool:
-        """Make one attempt with what waits, oldest first. Returns whether it was taken; blocks for the timeout."""
+        """Make one attempt with what waits, oldest first. Blocks for the timeout.
+
+        Returns whether that is settled: False where it has to be tried again.
+        """
         with self._wake:
             batch = list(self._pending.values())[:AT_ONCE]
         if not batch:
@@ -149,8 +155,11 @@ class Outbox:
         with self._wake:
             if failure is not None:
                 self._failures[failure] += 1
-                return False
-            self._taken += len(batch)
+                if failure is not Failure.REJECTED:
+                    return False
+                self._dropped += len(batch)
+            else:
+                self._taken += len(batch)
             for notice in batch:
                 if self._pending.get(notice.labels) is notice:
                     del self._pending[notice.labels]
@@ -178,6 +187,10 @@ class _Told:
     alert: Alert
     starts_ns: int
     at_ns: int
+
+    def set_back(self, wall_ns: int) -> None:
+        """The clock may have been: no Alertmanager takes an alert that ends before it begins."""
+        self.starts_ns = min(self.starts_ns, wall_ns)
 
 
 class Notifier:
@@ -246,10 +259,12 @@ class Notifier:
             elif now_ns - told.at_ns < AGAIN_NS:
                 continue
             told.alert, told.at_ns = alert, now_ns
+            told.set_back(wall_ns)
             notices.append(_notice(alert, told.starts_ns, wall_ns + LASTS_NS))
         for labels in self._told.keys() - lasting:
             told = self._told.pop(labels)
             if not told.alert.fades:
+                told.set_back(wall_ns)
                 notices.append(_notice(told.alert, told.starts_ns, wall_ns))
         if notices:
             for outbox in self.outboxes:
@@ -301,7 +316,9 @@ def post_json(url: str, body: bytes, timeout_s: float) -> Failure | None:
         return Failure.UNREACHABLE
     if status is None:
         return Failure.NOT_HTTP
-    return None if 200 <= status < 300 else Failure.HTTP_STATUS
+    if 200 <= status < 300:
+        return None
+    return Failure.REJECTED if 400 <= status < 500 and status not in _LATER else Failure.HTTP_STATUS
 
 
 @functools.cache
@@ -403,7 +420,7 @@ def alert_families() -> Sequence[Family]:
             Spec(
                 "footlight_alert_notifications_dropped",
                 Kind.COUNTER,
-                "Notices that were given up: too many waited for the Alertmanager.",
+                "Notices that were given up: too many waited for the Alertmanager, or it rejected them.",
                 to,
             ),
             each(lambda delivered: delivered.dropped),

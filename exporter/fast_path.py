@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from exporter.alerting import Alerting
 from exporter.alertmanager import AlertReport, Notifier
 
 if TYPE_CHECKING:
+    from exporter.alerting import UnderWay
     from exporter.alertmanager import Post
     from exporter.config import Config
-    from exporter.live_request import Request
     from exporter.slis import Slis
     from exporter.status import AgentStatus
 
@@ -27,7 +27,7 @@ class FastPath:
         self,
         config: Config,
         slis: Slis,
-        under_way: Callable[[], Iterable[Request]],
+        under_way: UnderWay,
         wall: Callable[[], int] = time.time_ns,
         post: Post | None = None,
     ) -> None:

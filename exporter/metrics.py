@@ -7,8 +7,6 @@ that library all the same, and the tests hold its encoders and this one to the s
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import platform
 import re
 import time
@@ -29,6 +27,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import CollectorRegistry
 from prometheus_client.utils import floatToGoString
 
+from exporter import VERSION
 from exporter.alertmanager import alert_families
 from exporter.cache_metrics import cache_families
 from exporter.cuda_metrics import cuda_families
@@ -316,6 +315,12 @@ def _agent_families(version: str, timer: Callable[[], float]) -> list[Family]:
     return [
         counter("footlight_lost_events", "Records that were lost, by reason.", ("probe", "reason"), _losses),
         gauge("footlight_probe_up", "1 when the probe is attached, else 0.", probe, _per_probe(lambda p: int(p.up))),
+        gauge(
+            "footlight_probe_required",
+            "1 when the agent is not ready without the probe, else 0: a GPU probe that is `auto`.",
+            probe,
+            _per_probe(lambda p: int(p.required)),
+        ),
         counter(
             "footlight_probe_events",
             "Records the probe had to make.",
@@ -576,15 +581,6 @@ class Sources:
     health: Callable[[], Health | None] = _nothing
 
 
-@functools.cache
-def installed_version() -> str:
-    """The version of the installed distribution; `unknown` where none is installed. Reads files at the first call."""
-    try:
-        return importlib.metadata.version("footlight")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
-
-
 class Metrics:
     """Everything that /metrics says. `services` are names by the index that the kernel uses; `timer` is in seconds."""
 
@@ -594,7 +590,7 @@ class Metrics:
         sources: Sources | None = None,
         services: Sequence[str] = (),
         objectives: SloStatus | None = None,
-        version: str | None = None,
+        version: str = VERSION,
         timer: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._slis = slis
@@ -602,7 +598,7 @@ class Metrics:
         self._objectives = objectives or SloStatus((), slis)
         self._services = services
         self._timer = timer
-        self.version = installed_version() if version is None else version
+        self.version = version
         self.rebuild()
         # Registering makes the library compare the names, so that no two families can clash.
         self.registry = CollectorRegistry()

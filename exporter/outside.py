@@ -13,7 +13,6 @@ from exporter.probe_points import PointsView, PointTotal
 from exporter.reloading import is_gone
 from exporter.status import AgentStatus, ProbeStatus
 from probes.engine_metrics import PERIOD_S, EngineReport, EngineSource
-from probes.nvml import NvmlSource
 from probes.poller import Poller
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from exporter.slis import Slis
     from probes.engine_metrics import Endpoint
     from probes.gpu_report import GpuReport
+    from probes.nvml import NvmlSource
     from probes.points_table import PointsTable
 
 STALE_S: Final = 10.0
@@ -46,7 +46,7 @@ class Outside:
         self._clock: Final = clock
         self._gpu_wanted: Final = config.probes.gpu
         self._gpu_stale_ns: Final = round(max(STALE_S, 5 * config.gpu.period_s) * 1e9)
-        self._nvml: Final = None if config.probes.gpu == OFF else NvmlSource(config.gpu.library)
+        self._nvml: Final = _nvml(config)
         self._gpus: Final[Poller[GpuReport] | None] = (
             None if self._nvml is None else Poller("gpus", self._nvml.look, config.gpu.period_s)
         )
@@ -66,6 +66,12 @@ class Outside:
                 resumes=resumes,
             )
         )
+
+    @staticmethod
+    def prepare(config: Config) -> None:
+        """Load what asking by this configuration takes, while files may be read."""
+        if config.probes.gpu != OFF:
+            import probes.nvml  # noqa: F401, PLC0415 - 3 MiB that nobody needs who does not ask for GPUs
 
     def start(self) -> None:
         """Begin to ask."""
@@ -129,3 +135,11 @@ class Outside:
             return report.problem or ""
         assert self._gpus is not None
         return f"the driver has not answered for {self._gpus.waiting_ns() / 1e9:.0f} s"
+
+
+def _nvml(config: Config) -> NvmlSource | None:
+    if config.probes.gpu == OFF:
+        return None
+    from probes.nvml import NvmlSource  # noqa: PLC0415 - as in `prepare`
+
+    return NvmlSource(config.gpu.library)

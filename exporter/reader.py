@@ -29,7 +29,7 @@ from exporter.health_watch import LEAK, Health
 from exporter.history import History
 from exporter.live import Live, Parts, objective_object
 from exporter.machine import engine_rows, gpu_rows
-from exporter.metrics import Metrics, Sources, installed_version
+from exporter.metrics import Metrics, Sources
 from exporter.objectives import Objectives, bounds
 from exporter.outside import Outside
 from exporter.parting import CONFIG_PACKET
@@ -443,8 +443,7 @@ def main(given: Inheritance) -> None:
     ):
         counters = [ServiceStats(each) for each in given.stats]
         points = None if given.points is None else PointsTable(given.points)
-        keep = [fd for channel in given.channels for fd in channel.fds]
-        keep.append(given.status_socket.fileno())
+        keep = [given.status_socket.fileno()]
         if given.listener is not None:
             keep.append(given.listener.fileno())
         keep.extend(given.front.fds)
@@ -492,7 +491,7 @@ def _import_the_rest(given: Inheritance) -> None:
     """Load what would else be read from files later: a checkout in /root is one that nobody may not look into."""
     import numpy.ma  # noqa: F401, PLC0415 - numpy's set functions look it up when they are first called
 
-    installed_version()
+    Outside.prepare(given.config)
     if given.listener is not None:
         _http(_guarded(_answer_nothing, given.config.web), given.config.web)
         asyncio.run(rehearse())

@@ -208,11 +208,14 @@ class Conversations:
                 if request.api is not None:
                     yield request.service, request.model, request.api.value, request.extra
 
-    def under_way(self) -> Iterator[Request]:
-        """Every LLM request under way whose client has not left, the oldest connections first."""
+    def under_way(self) -> Iterator[tuple[Request, bool]]:
+        """Every LLM request that is not over, the oldest connections first, and whether its client has left."""
         for connection in self._connections.values():
-            if connection.requests and connection.client_left_ns is None:
-                yield from (request for request in connection.requests if request.api is not None)
+            if connection.requests or connection.lingering:
+                has_left = connection.client_left_ns is not None
+                for request in (*connection.lingering, *connection.requests):
+                    if request.api is not None:
+                        yield request, has_left
 
     # ---- what happens to a connection ----
 

@@ -7,11 +7,11 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any, Final
 
 import click
 
+from exporter import VERSION
 from probes.errors import ConfigError, FootlightError
 
 COMMANDS: Final = ("run", "top", "trace", "why", "record", "slo", "health", "check", "demo")
@@ -122,14 +122,6 @@ def give_terminal_back(code: int) -> int:
     return code
 
 
-def version() -> str:
-    """The version of the installed distribution, or `unknown` in a bare checkout."""
-    try:
-        return metadata.version("footlight")
-    except metadata.PackageNotFoundError:
-        return "unknown"
-
-
 def _utc(seconds: float | None) -> Any:  # noqa: ANN401 - what logging wants is a time.struct_time
     import time
 
@@ -149,7 +141,7 @@ def _say(what: str, next_step: str) -> None:
 
 def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
-        click.echo(f"footlight {version()}")
+        click.echo(f"footlight {VERSION}")
         ctx.exit()
 
 

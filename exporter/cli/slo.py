@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from exporter.cli import usage_error, version
+from exporter import VERSION
+from exporter.cli import usage_error
 from exporter.cli.asking import Url, running_agent
 from probes.errors import ConfigError, FootlightError
 
@@ -110,7 +111,7 @@ def rules(
         raise usage_error("--namespace and --label are for an object", "add --format prometheusrule")
     metadata = _metadata(name, namespace, labels)
     natives, others = _objectives(config, sloth)
-    made: list[Group] = groups([*(each.objective for each in natives), *others], version(), minimum_events)
+    made: list[Group] = groups([*(each.objective for each in natives), *others], VERSION, minimum_events)
     if natives:
         made.append(well_known())
     text = rule_file(made) if form == "rules" else prometheus_rule(made, name, namespace, metadata)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from exporter.alerting import (
     GONE,
     LASTS_NS,
     LOSES,
+    MOST_REQUESTS,
     MOST_ROWS,
     NAMES,
     PROBE_DOWN,
@@ -30,13 +34,29 @@ from exporter.config import Config, parse
 from exporter.fast_burn import LIMIT, WINDOW_S, FastBurn, Weights
 from exporter.labels import OTHER
 from exporter.live_request import Request
+from exporter.metrics import Metrics
 from exporter.objectives import bounds
 from exporter.request import Capture, Failure, FinishedRequest, Phase
+from exporter.requests import LINGER_NS
 from exporter.slis import Series, Slis
 from exporter.slo.native import natives
 from exporter.slo.rules import groups
 from exporter.status import AgentStatus, Loss, ProbeStatus, TargetStatus
 from probes.wire.apis import Api
+from probes.wire.http1 import ResponseHead
+from tests.conversations import (
+    CLOSE_WAIT,
+    DONE,
+    LAST_CHUNK,
+    SSE_HEAD,
+    Scene,
+    Wire,
+    chunk,
+    finish,
+    post,
+    stream,
+    word,
+)
 from tests.unit.finished import REQUEST, later
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,8 +81,11 @@ class Stage:
         self.config = config(*slos, services=services)
         self.slis = Slis(extra_bounds=bounds(self.config.slos), clock=lambda: self.now_ns)
         self.under_way: list[Request] = []
+        self.left: set[int] = set()  # the numbers of those whose client has gone
+        self._numbers = itertools.count(1)
         self.status: AgentStatus | None = status()
-        self.alerting = Alerting(self.config, self.slis, lambda: self.under_way)
+        walk = lambda: [(request, request.number in self.left) for request in self.under_way]  # noqa: E731
+        self.alerting = Alerting(self.config, self.slis, walk)
 
     def series(self, model: str = "bard", service: str = "roleplay", api: str = "chat_completions") -> Series:
         return self.slis.series(service, model, api, (), admit=True)
@@ -79,11 +102,27 @@ class Stage:
     def ask(self, model: str = "bard", *, stream: bool = True, arrived_ms_ago: int = 0) -> Request:
         at_ns = self.now_ns - arrived_ms_ago * MS
         request = Request(at_ns - MS, at_ns, 101, 103)
-        request.follow(Api.CHAT_COMPLETIONS, b"/v1/chat/completions", "roleplay", (), 1, self.slis)
+        request.follow(Api.CHAT_COMPLETIONS, b"/v1/chat/completions", "roleplay", (), next(self._numbers), self.slis)
         request.take_body(json.dumps({"model": model, "messages": [], "stream": stream}).encode())
         request.end_body()
         self.under_way.append(request)
         return request
+
+    def says(self, request: Request) -> None:
+        """Hand a token over."""
+        if request.status is None:
+            request.take_answer_head(ResponseHead(200, {b"content-type": b"text/event-stream"}))
+        request.take_answer(word(model=request.model or ""), self.now_ns, None)
+
+    def leave(self, *requests: Request) -> None:
+        """Let their clients go. What the service does with them goes on."""
+        self.left.update(request.number for request in requests)
+
+    def end(self, *requests: Request, aborted: bool = False) -> None:
+        """Let the service end them."""
+        for request in requests:
+            self.under_way.remove(request)
+            request.series().finished(request.finish(self.now_ns, aborted=aborted))
 
     def look(self, after_s: float = 0.25) -> dict[str, list[Alert]]:
         self.now_ns += round(after_s * SECOND)
@@ -221,11 +260,163 @@ def test_who_waits_too_long_counts_before_the_first_token_and_not_again_with_it(
     waiting = [stage.ask() for _ in range(2)]
     assert stage.look(0.299) == {}
     assert stage.look(0.002) == {}  # two are over it now
-    stage.under_way.clear()
-    stage.first_tokens(302, len(waiting))  # they are answered
+    for request in waiting:
+        stage.says(request)
+    assert stage.look() == {}
+    stage.end(*waiting)
     assert stage.look() == {}
     stage.ask(arrived_ms_ago=400)
     assert len(stage.look()[BURN]) == 1
+
+
+def test_who_waits_too_long_and_leaves_does_not_count_again_when_the_service_answers_nobody() -> None:
+    stage = Stage(FIRST_TOKEN)
+    stage.first_tokens(20, 1)
+    waiting = [stage.ask() for _ in range(2)]
+    assert stage.look(0.4) == {}
+    stage.leave(*waiting)
+    assert stage.look() == {}
+    for request in waiting:
+        stage.says(request)
+    assert stage.look() == {}
+    stage.end(*waiting, aborted=True)
+    assert stage.look() == {}
+    stage.first_tokens(301, 1)
+    (alert,) = stage.look()[BURN]
+    assert "3 of 4 events" in alert.description
+
+
+def test_who_leaves_unanswered_stays_counted_and_excuses_nobody_else() -> None:
+    stage = Stage(FIRST_TOKEN)
+    stage.first_tokens(20, 1)
+    gone = [stage.ask(arrived_ms_ago=301) for _ in range(2)]
+    assert stage.look() == {}
+    stage.end(*gone, aborted=True)
+    stage.first_tokens(301, 1)  # of one that was never seen waiting
+    (alert,) = stage.look()[BURN]
+    assert "3 of 4 events" in alert.description
+
+
+def test_others_that_come_as_those_before_leave_count_as_well() -> None:
+    stage = Stage(FIRST_TOKEN)
+    stage.first_tokens(20, 1)
+    found = []
+    for _ in range(2):
+        stage.end(*stage.under_way, aborted=True)
+        for _ in range(2):
+            stage.ask(arrived_ms_ago=301)
+        found.append(BURN in stage.look())
+    assert found == [False, True]
+
+
+@pytest.mark.parametrize("order", ["answered, then left", "left"])
+def test_a_duration_that_was_too_long_under_way_does_not_count_again_at_its_end(order: str) -> None:
+    stage = Stage("{name: whole-answer, sli: duration, below: 5s, target: 99%}")
+    stage.first_tokens(20, 1)
+    long = [stage.ask() for _ in range(2)]
+    if order != "left":
+        for request in long:
+            stage.says(request)
+    assert stage.look(5.1) == {}
+    stage.leave(*long)
+    assert stage.look(1) == {}
+    stage.end(*long, aborted=True)
+    assert stage.look(1) == {}
+    brief = stage.ask(arrived_ms_ago=5001)
+    stage.end(brief)
+    (alert,) = stage.look()[BURN]
+    assert "3 of 3 events" in alert.description
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_gap_that_was_too_long_while_it_lasted_counts_once_however_it_ended(goes_on: bool) -> None:
+    stage = Stage("{name: fluent, sli: longest_gap, below: 1s, target: 99%}")
+    stage.first_tokens(20, 1)
+    stalled = [stage.ask() for _ in range(2)]
+    for request in stalled:
+        stage.says(request)
+    assert stage.look(1.1) == {}
+    if goes_on:
+        for request in stalled:
+            stage.says(request)
+        assert stage.look() == {}
+    stage.end(*stalled, aborted=True)
+    stage.finished(longest_gap_ns=1001 * MS)
+    (alert,) = stage.look()[BURN]
+    assert "3 of 3 events" in alert.description
+
+
+def test_a_request_that_counted_for_other_models_excuses_none_of_them_when_its_own_tells_of_it() -> None:
+    stage = Stage(FIRST_TOKEN)
+    newcomer = stage.ask("newcomer", arrived_ms_ago=301)
+    assert stage.look() == {}
+    stage.says(newcomer)  # it has a label of its own from here on
+    stage.first_tokens(301, 1, OTHER)
+    assert stage.look() == {}
+    stage.first_tokens(301, 1, OTHER)
+    (alert,) = stage.look()[BURN]
+    assert dict(alert.labels)["model_name"] == OTHER
+
+
+def test_what_counted_before_a_reload_does_not_count_again_after_it() -> None:
+    stage = Stage(FIRST_TOKEN)
+    stage.first_tokens(20, 1)
+    waiting = [stage.ask(arrived_ms_ago=301) for _ in range(2)]
+    assert stage.look() == {}
+    stage.alerting.reconfigure(config(NO_ERRORS, FIRST_TOKEN))
+    for request in waiting:
+        stage.says(request)
+    assert stage.look() == {}
+    stage.first_tokens(301, 1)
+    assert BURN in stage.look()
+
+
+def test_more_requests_than_are_looked_at_do_not_count_again_when_they_are_answered() -> None:
+    stage = Stage(FIRST_TOKEN)
+    stage.first_tokens(20, 1)
+    counted = [stage.ask(arrived_ms_ago=301) for _ in range(2)]
+    assert stage.look() == {}
+    stage.under_way[:0] = [stage.ask(stream=False) for _ in range(MOST_REQUESTS)]
+    del stage.under_way[-MOST_REQUESTS:]
+    assert stage.look() == {}
+    for request in counted:
+        stage.says(request)
+    assert stage.look() == {}
+
+
+def test_a_client_that_leaves_counts_once_whatever_its_connection_tells_after_that() -> None:
+    scene = Scene()
+    slow = [Wire(conn=number, rx=number, tx=number) for number in (2, 3)]
+    late, quick = Wire(conn=4, rx=4, tx=4), Wire()
+    quick.ask(post())
+    stream(quick)
+    scene.play(quick)
+    wanted = config(FIRST_TOKEN, "{name: whole-answer, sli: duration, below: 300ms, target: 99%}")
+    alerting = Alerting(wanted, scene.slis, scene.conversations.under_way)
+
+    def look() -> list[str]:
+        scene.play(*slow, late)
+        now_ns = max(wire.ns for wire in (*slow, late))
+        scene.conversations.sweep(now_ns)
+        return [alert.description for alert in alerting.look(status(), now_ns)]
+
+    steps: tuple[Callable[[Wire], None], ...] = (
+        lambda wire: wire.ask(post()),
+        lambda wire: wire.write(SSE_HEAD, after_ms=400),
+        lambda wire: wire.go(CLOSE_WAIT),
+        lambda wire: wire.write(chunk(word()), after_ms=400),
+        lambda wire: wire.write(chunk(finish()) + chunk(DONE) + LAST_CHUNK, after_ms=1),
+        lambda wire: wire.write(b"", after_ms=LINGER_NS / MS),
+    )
+    for step in steps:
+        for wire in slow:
+            step(wire)
+        assert look() == []
+    assert len(scene.finished) == 3
+    late.at = slow[0].at
+    late.ask(post())
+    stream(late, first_ms=400)
+    assert ["3 of 3" in each for each in look()] == [True, True]
 
 
 def test_an_engine_that_stopped_is_told_of_and_stays_told_of() -> None:
@@ -237,7 +428,7 @@ def test_an_engine_that_stopped_is_told_of_and_stays_told_of() -> None:
     assert stage.look(0.25) == {}
     assert BURN in stage.look(0.25)
     assert BURN in stage.look(600)
-    stage.under_way.clear()  # their clients left
+    stage.leave(*stage.under_way)
     assert BURN in stage.look(WINDOW_S - 1)
     assert stage.look(1) == {}
 
@@ -301,6 +492,20 @@ def test_failures_are_told_of_where_no_objective_is_about_them() -> None:
         assert dict(alert.labels) == {**labels, "severity": "critical", "kind": "symptom"}
 
 
+def test_failures_are_left_to_an_objective_about_them_even_where_it_cannot_burn_fast() -> None:
+    stage = Stage("{name: few-errors, sli: errors, target: 80%}")
+    stage.finished(count=101, failure=Failure.server_error)
+    assert stage.look() == {}
+
+
+def test_failures_of_the_models_without_an_objective_about_them_are_told_of() -> None:
+    stage = Stage("{name: no-errors, sli: errors, target: 99.9%, model_name: bard}")
+    stage.finished(count=3, failure=Failure.server_error)
+    stage.finished(count=3, failure=Failure.server_error, model="alto")
+    models = {name: [dict(alert.labels)["model_name"] for alert in alerts] for name, alerts in stage.look().items()}
+    assert models == {BURN: ["bard"], FAIL: ["alto"]}
+
+
 def test_aborts_count() -> None:
     stage = Stage("{name: stay, sli: aborts, target: 99%}")
     stage.finished(count=3, aborted=Phase.waiting)
@@ -348,7 +553,14 @@ def test_rows_are_bounded_and_those_without_room_are_counted() -> None:
     for number in range(64):
         stage.first_tokens(301, 3, f"model-{number}")
     assert len(stage.look()[BURN]) <= MOST_ROWS
-    assert stage.alerting.unfollowed == 64 * 9 - MOST_ROWS  # 7 objectives, and two for failures
+    unfollowed = 64 * 9 - MOST_ROWS  # 7 objectives, and two for failures
+    assert stage.alerting.unfollowed == unfollowed
+    stage.ask("model-63", arrived_ms_ago=301)
+    for _ in range(5):
+        stage.look()
+    assert stage.alerting.unfollowed == unfollowed
+    stage.alerting.reconfigure(config())
+    assert stage.alerting.unfollowed == 0
 
 
 # ---- services and the agent ----
@@ -426,6 +638,7 @@ def test_a_probe_that_loses_events_is_told_of_and_one_that_loses_few_is_not() ->
 def test_the_alerts_are_those_of_the_ready_made_rules() -> None:
     file = yaml.safe_load((ROOT / "dashboards/rules/footlight.yaml").read_text("utf-8"))
     rules = {rule["alert"]: rule for group in file["groups"] for rule in group["rules"] if "alert" in rule}
+    specs = {spec.text_name(): set(spec.labels) for spec in Metrics(Slis()).specs}
     stage = Stage()
     stage.finished(count=3, failure=Failure.server_error)
     stage.finished(count=3, failure=Failure.cut_off)
@@ -436,4 +649,15 @@ def test_the_alerts_are_those_of_the_ready_made_rules() -> None:
     assert {*found, BURN} == set(NAMES)
     for name, (alert,) in found.items():
         labels = dict(alert.labels)
-        assert {key: labels[key] for key in ("severity", "kind")} == rules[name]["labels"]
+        del labels["alertname"]
+        assert {key: labels.pop(key) for key in ("severity", "kind")} == rules[name]["labels"]
+        expr = rules[name]["expr"]
+        grouped = {frozenset(each.split(", ")) for each in re.findall(r"\bby \(([^)]+)\)", expr)}
+        if alert.of_agent:
+            # With it come the labels of its target, whatever relabelling makes of them.
+            assert not grouped
+            without = {label for each in re.findall(r"\bwithout \(([^)]+)\)", expr) for label in each.split(", ")}
+            metric = re.findall(r"footlight_\w+", expr)[0]
+            assert labels.keys() == specs[metric] - without
+        else:
+            assert grouped == {frozenset({*labels, "tenant"})}

@@ -133,6 +133,18 @@ def test_it_is_dated_back_to_when_it_began() -> None:
     assert told["startsAt"] == "2025-12-31T23:59:57.000Z"
 
 
+def test_a_wall_clock_that_is_set_back_leaves_no_alert_that_ends_before_it_begins() -> None:
+    played = Played()
+    played.tick(ALERT)
+    played.wall_ns -= 600 * SECOND
+    played.now_ns += AGAIN_NS
+    (again,) = played.tick(ALERT)
+    assert (again["startsAt"], again["endsAt"]) == ("2025-12-31T23:50:00.250Z", "2025-12-31T23:53:00.250Z")
+    played.wall_ns -= 600 * SECOND
+    (over,) = played.tick()
+    assert over["startsAt"] == over["endsAt"] == "2025-12-31T23:40:00.500Z"
+
+
 def test_new_words_do_not_make_it_another_alert() -> None:
     played = Played()
     played.tick(ALERT)
@@ -224,6 +236,17 @@ def test_the_oldest_is_dropped_where_too_many_wait_and_counted() -> None:
     assert network.posts[0][1][0]["labels"]["alertname"] == "alert-23"
 
 
+def test_what_an_alertmanager_refuses_for_good_is_given_up_and_does_not_hold_up_the_others() -> None:
+    network = Network(Failure.REJECTED, None)
+    outbox = Outbox(TARGET, network)
+    outbox.put(notice(number) for number in range(AT_ONCE + 23))
+    assert outbox.deliver()
+    assert outbox.deliver()
+    assert [len(alerts) for _, alerts in network.posts] == [AT_ONCE, 23]
+    delivered = outbox.delivered()
+    assert (delivered.taken, delivered.dropped, delivered.failures[Failure.REJECTED]) == (23, AT_ONCE, 1)
+
+
 def test_the_thread_delivers_tries_again_and_ends() -> None:
     network = Network(Failure.TIMEOUT, None)
     outbox = Outbox(TARGET, network)
@@ -285,7 +308,11 @@ def server(answer: bytes, *, hangs: bool = False, at_once: bool = False) -> Iter
     [
         (b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n", None),
         (b"HTTP/1.0 202 Accepted\r\n\r\n", None),
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", Failure.HTTP_STATUS),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", Failure.REJECTED),
+        (b"HTTP/1.1 499 Whatever\r\n\r\n", Failure.REJECTED),
+        (b"HTTP/1.1 408 Request Timeout\r\n\r\n", Failure.HTTP_STATUS),
+        (b"HTTP/1.1 429 Too Many Requests\r\n\r\n", Failure.HTTP_STATUS),
+        (b"HTTP/1.1 500 Internal Server Error\r\n\r\n", Failure.HTTP_STATUS),
         (b"HTTP/1.1 302 Found\r\nlocation: /other\r\n\r\n", Failure.HTTP_STATUS),
         (b"HTTP/1.1 2000 OK\r\n\r\n", Failure.NOT_HTTP),
         (b"SSH-2.0-OpenSSH_9.2\r\n", Failure.NOT_HTTP),

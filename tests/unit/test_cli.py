@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from exporter import cli
+from exporter import VERSION, cli
 from exporter.cli import COMMANDS
 from exporter.cli.table import PLAIN_WIDTH, Scene, draw
 from exporter.config import Address, Config, Match, Service
@@ -117,6 +118,19 @@ def footlight(*arguments: str) -> Result:
 
 
 # ---- the command ----
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["version"] == VERSION
+    assert footlight("--version").stdout == f"footlight {VERSION}\n"
+
+
+def test_the_attacher_holds_nothing_that_only_the_reader_needs() -> None:
+    code = "import sys, exporter.attacher, exporter.cli.run, exporter.fronts; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    others = {"asyncio", "email", "exporter.reader", "importlib.metadata", "numpy", "zipfile"}
+    assert not others & set(done.stdout.split())
 
 
 def test_help_lists_every_command_and_the_exit_codes() -> None:

@@ -15,9 +15,11 @@ import yaml
 
 from dashboards.board import Board, panels
 from dashboards.build import FOLDER, dashboards, stale
+from exporter.config import parse
 from exporter.metrics import Metrics
 from exporter.slis import Slis
-from exporter.slo.rules import FEWEST
+from exporter.slo.native import natives
+from exporter.slo.rules import FEWEST, groups, well_known
 
 ROOT = FOLDER.parent
 RULES = FOLDER / "rules" / "footlight.yaml"
@@ -26,7 +28,7 @@ ROUTES = FOLDER / "alertmanager.yaml"
 MADE = {name: json.loads(text) for name, text in dashboards().items()}
 VARIABLES = ["datasource", "service_name", "model_name", "instance"]
 METRIC = re.compile(r"\b((?:llm|kernel|gpu|footlight)_[a-z0-9_]+)\b(?!\s*[=!]~?\")")
-RECORDED = re.compile(r"\bslo:[a-z_0-9:]+|\bslo_violation_count\b")
+RECORDED = re.compile(r"\bslo[:_][a-z_0-9:]+")
 
 
 def rules() -> list[dict[str, Any]]:
@@ -152,6 +154,17 @@ def test_every_metric_that_is_asked_for_is_served(served: frozenset[str]) -> Non
     labels = {"service_name", "model_name"}
     assert len(asked) > 100
     assert sorted(asked - served - labels) == []
+
+
+def test_every_recorded_name_that_a_panel_asks_for_is_recorded() -> None:
+    config = parse("services: [{name: a, match: {port: 1}}]\nslos: [{name: b, sli: errors, target: 99%}]\n")
+    made = [*groups([native.objective for native in natives(config)], "1"), well_known()]
+    recorded = {rule.record for group in made for rule in group.rules}
+    asked = {
+        name for _, panel in every_panel() for target in panel["targets"] for name in RECORDED.findall(target["expr"])
+    }
+    assert len(asked) >= 8
+    assert sorted(asked - recorded) == []
 
 
 def test_panels_that_may_be_empty_are_there_and_have_a_reason() -> None:

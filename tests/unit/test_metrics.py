@@ -73,7 +73,8 @@ llm_request_longest_gap_seconds llm_request_duration_seconds llm_request_read_de
 llm_generation_tokens_total llm_frames_total llm_wasted_generation_tokens_total llm_prefix_cache_queries_total
 llm_prefix_cache_hits_total llm_kv_cache_hit_ratio llm_prefill_tokens_per_second llm_decode_tokens_per_second
 llm_latency_quantile_seconds footlight_capture_total footlight_capture_ratio footlight_lost_events_total
-footlight_probe_up footlight_probe_events_total footlight_probe_cpu_seconds_total llm_latency_cause_seconds_total
+footlight_probe_up footlight_probe_required footlight_probe_events_total footlight_probe_cpu_seconds_total
+llm_latency_cause_seconds_total
 kernel_run_queue_wait_seconds kernel_on_cpu_seconds_total kernel_off_cpu_seconds_total kernel_cpu_quota_seconds_total
 kernel_cpu_migrations_total kernel_context_switches_total kernel_tcp_connect_seconds kernel_tcp_round_trip_seconds
 kernel_tcp_receive_queue_seconds kernel_tcp_send_stall_seconds kernel_tcp_retransmits_total kernel_tcp_resets_total
@@ -288,6 +289,14 @@ def test_before_the_attacher_reports_its_metrics_are_absent() -> None:
     assert value(metrics, "footlight_reader_restarts_total") is None
     assert value(metrics, "footlight_connections_tracked") == 0
     assert value(metrics, "footlight_build_info", version="1", python_version=platform.python_version()) == 1
+
+
+def test_a_probe_without_which_the_agent_is_ready_is_told_apart() -> None:
+    probes = [replace(STATUS.probes[0], name=name, up=False, required=name == "tcp") for name in ("tcp", "gpu")]
+    metrics = Metrics(Slis(), Sources(lambda: replace(STATUS, probes=tuple(probes)), lambda: READER, lambda: {}))
+    for probe in probes:
+        assert value(metrics, "footlight_probe_up", probe=probe.name) == 0
+        assert value(metrics, "footlight_probe_required", probe=probe.name) == probe.required
 
 
 def test_losses_of_the_kernel_and_the_reader_add_up(metrics: Metrics) -> None:
