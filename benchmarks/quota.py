@@ -27,10 +27,11 @@ from typing import Final
 import click
 from rich.console import Group
 
+from benchmarks.common import cgroups
 from benchmarks.common.agent import agent
 from benchmarks.common.processes import ends_on_sigterm, realtime, server
 from benchmarks.common.report import Bar, judge, need_root, show, show_json, table
-from benchmarks.faults import client, host
+from benchmarks.faults import client
 from benchmarks.faults.client import Asked
 from benchmarks.faults.explained import Explained, told
 from benchmarks.faults.kinds import AHEAD
@@ -61,25 +62,24 @@ def measure(engine: str, quotas: Sequence[float], requests: int) -> list[Row]:
     """Ask `requests` times at each quota: parts of a CPU."""
     runs: list[list[Asked]] = []
     with ExitStack() as stack:
-        group = stack.enter_context(host.cgroup("cpu"))
+        group = stack.enter_context(cgroups.group("cpu"))
         command = [*AHEAD, sys.executable, "-m", "benchmarks.faults.timed_engine", *ENGINES[engine]]
         served = stack.enter_context(server(command))
         group.add(served.pid)  # the API; the engine stays where it was
         watching = stack.enter_context(agent("trace", "--port", str(served.port)))
         with realtime():
             for quota in quotas:
-                group.write("cpu.cfs_period_us", PERIOD_US)
-                group.write("cpu.cfs_quota_us", round(quota * PERIOD_US))
+                group.limit_cpu(round(quota * PERIOD_US), PERIOD_US)
                 time.sleep(0.5)
                 runs.append([_ask(served.port, group) for _ in range(requests)])
         lines = told(watching, (asked.transcript.port for run in runs for asked in run))
     return [row(engine, quota, run, lines) for quota, run in zip(quotas, runs, strict=True)]
 
 
-def _ask(port: int, group: host.Cgroup) -> Asked:
+def _ask(port: int, group: cgroups.Group) -> Asked:
     connection = client.connect(port)
     sent = client.send(connection, client.scripted(Script([], frames=FRAMES)))
-    return client.hear(connection, sent, lambda: group.stat("cpu.stat", "throttled_time"))
+    return client.hear(connection, sent, group.throttled_ns)
 
 
 def row(engine: str, quota: float, run: Sequence[Asked], lines: dict[int, Explained]) -> Row:

@@ -13,8 +13,9 @@ the injected time: how much longer the phase was by the client's clock, and how 
 right cause. A false alarm is a quiet request that is told to have such a cause; `on_cpu` and `run_queue` count only
 where they are the fault's own cause, because whatever else the host does makes them grow in truth.
 
-Needs root, two CPUs, and cgroup v1 with cpu, memory and blkio, on a host that does little else: what a neighbour takes
-is a fault too, with a size that nobody knows. Everything is given back at the end.
+Needs root, two CPUs, and the cgroup controllers cpu and io (blkio), of either version. `memory` needs version 1, and
+is left out elsewhere. The host should do little else: what a neighbour takes is a fault too, with a size that nobody
+knows. Everything is given back at the end.
 """
 
 from __future__ import annotations
@@ -158,6 +159,15 @@ def _others(each: Score) -> str:
     return ", ".join(f"{cause} {count}" for cause, count in each.alarms.items() if cause is not None)
 
 
+def _possible() -> Iterator[type[Fault]]:
+    for fault in FAULTS:
+        lack = fault.missing()
+        if lack is None:
+            yield fault
+        else:
+            _say(f"{fault.name}: left out: {lack}\n")
+
+
 def _say(text: str) -> None:
     click.echo(text, err=True, nl=False)
 
@@ -174,7 +184,7 @@ def main(only: tuple[str, ...], requests: int, seed: int, no_agent: bool, as_jso
     need_root()
     ends_on_sigterm()
     watched = not no_agent
-    kinds = [fault for fault in FAULTS if not only or fault.name in only]
+    kinds = [fault for fault in FAULTS if fault.name in only] or list(_possible())
     scores = [score(measure(kind(), requests, seed, watched=watched)) for kind in kinds]
     if as_json:
         show_json(asdict(each) for each in scores)

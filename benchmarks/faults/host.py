@@ -1,6 +1,6 @@
-"""What faults take from the host, and give back: control groups, a loop device with a file system, a network namespace.
+"""What faults take from the host, and give back: a loop device with a file system, a network namespace.
 
-Everything is given back on the way out of the `with`. Only cgroup v1 is known here: its files set what v2's do.
+Everything is given back on the way out of the `with`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,7 @@ from typing import Final
 
 import click
 
-CGROUPS: Final = Path("/sys/fs/cgroup")
 _CLONE_NEWNET: Final = 0x40000000
-_NAME: Final = f"footlight-faults-{os.getpid()}"
-_GONE_S: Final = 10.0
 
 
 def need(*tools: str) -> None:
@@ -31,70 +27,6 @@ def need(*tools: str) -> None:
     for tool in tools:
         if shutil.which(tool) is None:
             raise click.ClickException(f"{tool} is not installed; apt-get install mount e2fsprogs iproute2 util-linux")
-
-
-@dataclass(frozen=True, slots=True)
-class Cgroup:
-    """A control group of one v1 controller."""
-
-    path: Path
-
-    def add(self, *pids: int) -> None:
-        """Move processes here, with all their threads."""
-        for pid in pids:
-            self.write("cgroup.procs", pid)
-
-    def write(self, name: str, value: object) -> None:
-        """Write one of its files."""
-        (self.path / name).write_text(str(value))
-
-    def read(self, name: str) -> str:
-        """Read one of its files."""
-        return (self.path / name).read_text()
-
-    def stat(self, name: str, key: str) -> int:
-        """Return one value of a file of "key value" lines."""
-        for line in self.read(name).splitlines():
-            have, _, value = line.partition(" ")
-            if have == key:
-                return int(value)
-        raise click.ClickException(f"{self.path / name} has no {key}")
-
-
-@contextlib.contextmanager
-def cgroup(controller: str) -> Iterator[Cgroup]:
-    """Make a group; it must be empty again at the end, that is: its processes are ended first.
-
-    Raises click.ClickException when the host does not have the controller as v1 does.
-    """
-    parent = CGROUPS / controller
-    if not (parent / "cgroup.procs").exists():
-        raise click.ClickException(f"no cgroup v1 controller at {parent}: this host cannot have that fault")
-    path = parent / _NAME
-    path.mkdir()
-    try:
-        yield Cgroup(path)
-    finally:
-        deadline = time.monotonic() + _GONE_S
-        while True:
-            try:
-                path.rmdir()
-                break
-            except OSError:  # the last process is not all gone
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.02)
-
-
-@contextlib.contextmanager
-def throttled_by_all(file: str, device: str, rate: int) -> Iterator[None]:
-    """Limit a device for everybody, the kernel's own threads included: the limit of the root group."""
-    limit = CGROUPS / "blkio" / file
-    limit.write_text(f"{device} {rate}")
-    try:
-        yield
-    finally:
-        limit.write_text(f"{device} 0")
 
 
 @dataclass(frozen=True, slots=True)

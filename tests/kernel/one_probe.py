@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import struct
 import subprocess
 import sys
@@ -123,14 +122,6 @@ def fill(probe: Probe, name: str) -> None:
     table = probe.map(name)
     assert table.max_entries == 1
     table.update(b"\xff" * table.key_size, bytes(table.entry_size))
-
-
-
-
-def in_cgroup(pid: int, folder: str) -> None:
-    """Move a process into a cgroup."""
-    with open(os.path.join(folder, "cgroup.procs"), "w", encoding="ascii") as file:
-        file.write(str(pid))
 
 
 class Worker:

@@ -25,12 +25,13 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+from benchmarks.common import cgroups
+from benchmarks.common.cgroups import Group
 from probes.block import BlockProbe
 from probes.btf import dtype_of, enum_of
 from probes.probe import OBJECTS, Count, Transport
-from tests.kernel.one_probe import OneProbe, Worker, again, attached, fill, in_cgroup
+from tests.kernel.one_probe import OneProbe, Worker, again, attached, fill
 
-BLKIO = Path("/sys/fs/cgroup/blkio")
 READ, WRITE, FLUSH, DISCARD = range(4)
 KIB = 1024
 
@@ -93,18 +94,12 @@ def stranger(stack: ExitStack) -> Worker:
 
 
 @pytest.fixture
-def cgroup() -> Iterator[Path]:
-    """A block cgroup of version 1; its processes must have ended, or left, when the test is over."""
-    folder = BLKIO / f"footlight-test-{os.getpid()}"
-    if not BLKIO.is_dir():
-        pytest.skip("needs the blkio controller: mount -t cgroup -o blkio blkio /sys/fs/cgroup/blkio")
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        for pid in (folder / "cgroup.procs").read_text("ascii").split():
-            in_cgroup(int(pid), str(BLKIO))
-        folder.rmdir()
+def cgroup() -> Iterator[Group]:
+    """A block cgroup; its processes must have ended, or leave, when the test is over."""
+    if (advice := cgroups.missing("io")) is not None:
+        pytest.skip(advice)
+    with cgroups.group("io") as group:
+        yield group
 
 
 def total(probe: OneProbe, operation: int, service: int = 0) -> int:
@@ -219,11 +214,11 @@ def test_discards(probe: OneProbe, disk: Disk, worker: Worker) -> None:
 
 @again
 def test_a_loop_devices_own_io_is_not_charged_again(
-    probe: OneProbe, disk: Disk, worker: Worker, cgroup: Path
+    probe: OneProbe, disk: Disk, worker: Worker, cgroup: Group
 ) -> None:
     """The device's worker takes over the cgroup of what it was asked for: its writes look like the service's."""
     probe.restart()
-    in_cgroup(worker.pid, str(cgroup))
+    cgroup.add(worker.pid)
     probe.follow({worker.pid: 0})
     with followed_cgroup(probe, cgroup, 0):
         worker.do("write", disk.path, 43, 4 * KIB)
@@ -232,21 +227,21 @@ def test_a_loop_devices_own_io_is_not_charged_again(
 
 
 @contextmanager
-def followed_cgroup(probe: OneProbe, folder: Path, service: int) -> Iterator[None]:
+def followed_cgroup(probe: OneProbe, group: Group, service: int) -> Iterator[None]:
     assert isinstance(probe.raw, BlockProbe)
-    probe.raw.follow_cgroups({folder.stat().st_ino: service})
+    probe.raw.follow_cgroups({group.number: service})
     yield
     probe.raw.follow_cgroups({})
 
 
 @again
 def test_throttled_reads_are_charged_by_their_cgroup(
-    probe: OneProbe, disk: Disk, worker: Worker, cgroup: Path
+    probe: OneProbe, disk: Disk, worker: Worker, cgroup: Group
 ) -> None:
     """Who waits for its turn is submitted by a kernel thread; only the cgroup says for whom."""
     probe.restart()
-    in_cgroup(worker.pid, str(cgroup))
-    (cgroup / "blkio.throttle.read_iops_device").write_text(f"{disk.major}:{disk.minor} 40", "ascii")
+    cgroup.add(worker.pid)
+    cgroup.limit_io(f"{disk.major}:{disk.minor}", "riops", 40)
     probe.follow({worker.pid: 0})
     with followed_cgroup(probe, cgroup, 0):
         worker.do("read", disk.path, 23, 4 * KIB)
@@ -263,10 +258,10 @@ def test_throttled_reads_are_charged_by_their_cgroup(
 
 @again
 def test_a_cgroup_is_charged_without_a_target(
-    probe: OneProbe, disk: Disk, worker: Worker, stranger: Worker, cgroup: Path
+    probe: OneProbe, disk: Disk, worker: Worker, stranger: Worker, cgroup: Group
 ) -> None:
     probe.restart()
-    in_cgroup(worker.pid, str(cgroup))
+    cgroup.add(worker.pid)
     with followed_cgroup(probe, cgroup, 1):
         worker.do("read", disk.path, 17, 4 * KIB)
         stranger.do("read", disk.path, 5, 4 * KIB)

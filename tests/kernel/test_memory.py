@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.common import cgroups
+from benchmarks.common.cgroups import Group
 from probes.btf import enum_of
 from probes.memory import MemoryProbe
 from probes.probe import OBJECTS, Count, Transport
-from tests.kernel.one_probe import OneProbe, Worker, attached, fill, in_cgroup
+from tests.kernel.one_probe import OneProbe, Worker, attached, fill
 
-MEMORY = Path("/sys/fs/cgroup/memory")
 LIMIT_BYTES = 24 << 20
 FILE_BYTES = 48 << 20
 
@@ -50,19 +51,13 @@ def stack() -> Iterator[ExitStack]:
 
 
 @pytest.fixture
-def limited() -> Iterator[Path]:
-    """A memory cgroup of version 1 with a limit; what is left in it leaves when the test is over."""
-    if not (MEMORY / "memory.limit_in_bytes").exists() and not (MEMORY / "memory.usage_in_bytes").exists():
-        pytest.skip("needs the memory controller: mount -t cgroup -o memory memory /sys/fs/cgroup/memory")
-    folder = MEMORY / f"footlight-test-{os.getpid()}"
-    folder.mkdir()
-    try:
-        (folder / "memory.limit_in_bytes").write_text(str(LIMIT_BYTES), "ascii")
-        yield folder
-    finally:
-        for pid in (folder / "cgroup.procs").read_text("ascii").split():
-            in_cgroup(int(pid), str(MEMORY))
-        folder.rmdir()
+def limited() -> Iterator[Group]:
+    """A memory cgroup with a limit; what is left in it leaves when the test is over."""
+    if (advice := cgroups.missing("memory")) is not None:
+        pytest.skip(advice)
+    with cgroups.group("memory") as group:
+        group.limit_memory(LIMIT_BYTES)
+        yield group
 
 
 def evict(file: Path) -> None:
@@ -71,10 +66,10 @@ def evict(file: Path) -> None:
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def test_reclaim_of_a_targets_threads_is_spans(probe: OneProbe, limited: Path, file: Path, stack: ExitStack) -> None:
+def test_reclaim_of_a_targets_threads_is_spans(probe: OneProbe, limited: Group, file: Path, stack: ExitStack) -> None:
     worker, stranger = Worker(stack), Worker(stack)
     for each in (worker, stranger):
-        in_cgroup(each.pid, str(limited))
+        limited.add(each.pid)
     probe.follow({worker.pid: 1})
     evict(file)
     began, over = worker.do("scan", file, 2)
@@ -101,9 +96,9 @@ def test_reclaim_of_a_targets_threads_is_spans(probe: OneProbe, limited: Path, f
     assert not list(probe.raw.map("reclaims").items())
 
 
-def test_each_thread_has_its_own_spans(probe: OneProbe, limited: Path, file: Path, stack: ExitStack) -> None:
+def test_each_thread_has_its_own_spans(probe: OneProbe, limited: Group, file: Path, stack: ExitStack) -> None:
     worker = Worker(stack)
-    in_cgroup(worker.pid, str(limited))
+    limited.add(worker.pid)
     probe.follow({worker.pid: 0})
     evict(file)
     worker.do("scan_together", file, 3)
@@ -115,12 +110,12 @@ def test_each_thread_has_its_own_spans(probe: OneProbe, limited: Path, file: Pat
         assert (mine["end_ns"][:-1] <= mine["begin_ns"][1:]).all()
 
 
-def test_a_process_that_the_oom_killer_chose_counts_once(probe: OneProbe, limited: Path, stack: ExitStack) -> None:
+def test_a_process_that_the_oom_killer_chose_counts_once(probe: OneProbe, limited: Group, stack: ExitStack) -> None:
     for _ in range(3):
         worker, stranger = Worker(stack), Worker(stack)
         probe.follow({worker.pid: 0})
         for each in (stranger, worker):
-            in_cgroup(each.pid, str(limited))
+            limited.add(each.pid)
             assert each.die_of("eat", 7, LIMIT_BYTES) == -signal.SIGKILL
     assert probe.stats(0)["oom_kills"] == 3
     assert probe.stats(1)["oom_kills"] == 0
@@ -136,10 +131,10 @@ class Small(MemoryProbe):
 
 
 def test_a_full_table_counts_what_it_did_not_time(
-    probe: OneProbe, limited: Path, file: Path, stack: ExitStack
+    probe: OneProbe, limited: Group, file: Path, stack: ExitStack
 ) -> None:
     worker = Worker(stack)
-    in_cgroup(worker.pid, str(limited))
+    limited.add(worker.pid)
     with attached(Small(Transport.RING)) as small:
         fill(small.raw, "reclaims")
         for each in (small, probe):
@@ -150,9 +145,9 @@ def test_a_full_table_counts_what_it_did_not_time(
         assert not len(small.records())
 
 
-def test_a_full_ring_loses_spans_but_no_count(limited: Path, file: Path, stack: ExitStack) -> None:
+def test_a_full_ring_loses_spans_but_no_count(limited: Group, file: Path, stack: ExitStack) -> None:
     worker = Worker(stack)
-    in_cgroup(worker.pid, str(limited))
+    limited.add(worker.pid)
     with attached(MemoryProbe(Transport.RING, sizes={"spans": 4096})) as probe:
         probe.follow({worker.pid: 0})
         for _ in range(100):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.common import cgroups
 from probes import btf
 from probes.probe import OBJECTS, Count, Transport
 from tests.kernel.conftest import Probe
@@ -45,7 +45,6 @@ __all__ = ["scheduler", "watch"]  # fixtures
 # There are kernels that leave out switches of a busy host, the last of a thread without a sign: `Watched.disturbed`.
 pytestmark = pytest.mark.flaky(reruns=2)
 OBJECT = OBJECTS / "scheduler.bpf.o"
-CPU_GROUPS = Path("/sys/fs/cgroup/cpu")
 LAST_CPU = max(os.sched_getaffinity(0))
 
 
@@ -309,36 +308,18 @@ def test_who_is_no_target_makes_no_record(watch: Watched) -> None:
     assert not len(watch.records("messages"))
 
 
-@contextlib.contextmanager
-def cpu_group(quota_us: int, period_us: int) -> Iterator[Path]:
-    """A cgroup (v1) with a quota."""
-    if not (CPU_GROUPS / "cpu.cfs_quota_us").exists() and not CPU_GROUPS.is_dir():
-        pytest.skip("needs the v1 cpu controller: mount -t cgroup -o cpu cgroup /sys/fs/cgroup/cpu")
-    group = CPU_GROUPS / f"footlight-test-{os.getpid()}"
-    group.mkdir()
-    try:
-        (group / "cpu.cfs_period_us").write_text(str(period_us))
-        (group / "cpu.cfs_quota_us").write_text(str(quota_us))
-        yield group
-    finally:
-        until(lambda: not (group / "cgroup.procs").read_text(), "the group is empty")
-        group.rmdir()
-
-
-def throttled_ns(group: Path) -> int:
-    stat = dict(line.split() for line in (group / "cpu.stat").read_text().splitlines())
-    return int(stat["throttled_time"])
-
-
 def test_a_used_up_quota_is_told_from_a_busy_cpu(watch: Watched) -> None:
     """One busy thread with a fifth of a CPU, against what its group says of itself."""
+    if (advice := cgroups.missing("cpu")) is not None:
+        pytest.skip(advice)
     before = watch.stats.totals()[0].copy()
-    with cpu_group(20_000, 100_000) as group, Workload("spin", LAST_CPU, 1.5) as workload:
+    with cgroups.group("cpu") as group, Workload("spin", LAST_CPU, 1.5) as workload:
+        group.limit_cpu(20_000, 100_000)
         follow(watch.requests, workload)
-        (group / "cgroup.procs").write_text(str(workload.pid))
+        group.add(workload.pid)
         workload.done()
         workload.end()
-        truth_ns = throttled_ns(group)
+        truth_ns = group.throttled_ns()
         watch.drain()
     after = watch.stats.totals()[0]
     mine = watch.intervals()
