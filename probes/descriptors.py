@@ -6,13 +6,13 @@ strangers chose; they are cut here and made printable by whoever shows them.
 
 from __future__ import annotations
 
-import ipaddress
 import os
+import socket
 import sys
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Final
 
@@ -31,6 +31,8 @@ MOST_CHARACTERS: Final = 120
 _MOST_TABLE_BYTES: Final = 1 << 24
 """Of a table of sockets: some 100,000 connections."""
 _LISTEN: Final = b"0A"
+_MAPPED: Final = bytes(10) + b"\xff\xff"
+"""What an address of version 4 begins with in a table of version 6."""
 
 
 class Growth:
@@ -76,7 +78,10 @@ def count(root: str, pid: int, *, by_size: bool) -> int | None:
     """
     folder = f"{root}/{pid}/fd"
     try:
-        return os.stat(folder).st_size if by_size else len(os.listdir(folder))
+        if by_size:
+            return os.stat(folder).st_size
+        with os.scandir(folder) as entries:  # it holds no names, as a list would: there may be a million
+            return sum(1 for _ in entries)
     except OSError:
         return None
 
@@ -116,34 +121,42 @@ class Snapshot:
 def snapshot(pid: int, root: Path = Path("/proc")) -> Snapshot | None:
     """Look at every descriptor of a process now; None where it is gone or may not be looked at.
 
-    Takes 2 us for each descriptor, and a table of all sockets of its network namespace.
+    Takes 2 us for each descriptor, and the tables of all sockets of its network namespace, where it has sockets.
     """
     folder = f"{root}/{pid}/fd"
-    try:
-        names = os.listdir(folder)
-    except OSError:
+    open_files = count(str(root), pid, by_size=counts_by_size(str(root)))
+    if open_files is None:
         return None
-    sockets: dict[int, tuple[str, str]] | None = None
     kinds: Counter[str] = Counter()
     targets: Counter[tuple[str, str]] = Counter()
+    wanted: Counter[int] = Counter()
     examined = 0
-    for name in names[:MOST_EXAMINED]:
-        try:
-            link = os.readlink(f"{folder}/{name}")
-        except OSError:
-            continue  # closed meanwhile
-        examined += 1
-        inode = parse_link_inode(link, "socket")
-        if inode is not None:
-            if sockets is None:
-                sockets = _sockets(str(root), pid)
-            kind, target = sockets.get(inode, ("socket", "of another family"))
-        else:
-            kind, target = _plain(link)
-        kinds[kind] += 1
-        targets[kind, target] += 1
+    try:
+        with os.scandir(folder) as entries:
+            for entry in islice(entries, MOST_EXAMINED):
+                try:
+                    link = os.readlink(entry.path)
+                except OSError:
+                    continue  # closed meanwhile
+                examined += 1
+                inode = parse_link_inode(link, "socket")
+                if inode is not None:
+                    wanted[inode] += 1
+                    continue
+                kind, target = _plain(link)
+                kinds[kind] += 1
+                targets[kind, target] += 1
+    except OSError:
+        return None
+    for inode, (kind, target) in _sockets(str(root), pid, wanted):
+        number = wanted.pop(inode)
+        kinds[kind] += number
+        targets[kind, target] += number
+    if wanted:
+        kinds["socket"] += wanted.total()
+        targets["socket", "of another family"] += wanted.total()
     return Snapshot(
-        len(names),
+        max(open_files, examined),  # they grow
         examined,
         tuple(kinds.most_common()),
         tuple(Target(*key, number) for key, number in targets.most_common(MOST_TARGETS)),
@@ -170,15 +183,17 @@ def _cut(text: str) -> str:
 # ---- sockets ----
 
 
-def _sockets(root: str, pid: int) -> dict[int, tuple[str, str]]:
-    """Inode -> kind and target of the sockets of a process's network namespace."""
-    found: dict[int, tuple[str, str]] = {}
+def _sockets(root: str, pid: int, wanted: Collection[int]) -> Iterator[tuple[int, tuple[str, str]]]:
+    """Inode, kind and target of those of the sockets of a process's network namespace that are wanted at that instant.
+
+    No table is held: one of a busy host has 100,000 rows.
+    """
     net = f"{root}/{pid}/net"
     for kind in ("tcp", "udp"):
-        rows = [*_rows(f"{net}/{kind}"), *_rows(f"{net}/{kind}6")]
-        found.update(_inet(kind, rows))
-    found.update(_unix(_rows(f"{net}/unix"), unix_peers(f"{root}/{pid}/ns/net")))
-    return found
+        if wanted:
+            yield from _inet(kind, chain(_rows(f"{net}/{kind}"), _rows(f"{net}/{kind}6")), wanted)
+    if wanted:
+        yield from _unix(f"{net}/unix", f"{root}/{pid}/ns/net", wanted)
 
 
 def _rows(path: str) -> Iterator[list[bytes]]:
@@ -196,20 +211,26 @@ def _rows(path: str) -> Iterator[list[bytes]]:
         return
 
 
-def _inet(kind: str, rows: list[list[bytes]]) -> Iterator[tuple[int, tuple[str, str]]]:
-    """The sockets of a /proc/net/tcp or udp table.
+def _inet(kind: str, rows: Iterable[list[bytes]], wanted: Collection[int]) -> Iterator[tuple[int, tuple[str, str]]]:
+    """The wanted sockets of a /proc/net/tcp or udp table.
 
     Connections that came to a port are one target for each host they came from, whatever port they have there.
     """
-    parsed = []
+    listening: set[int] = set()
     for fields in rows:
         try:
-            parsed.append((int(fields[9]), _place(fields[1]), _place(fields[2]), fields[3]))
+            inode, state = int(fields[9]), fields[3]
+            listens = state == _LISTEN and kind == "tcp"
+            if not listens and inode not in wanted:
+                continue
+            (address, port), (peer, peer_port) = _place(fields[1]), _place(fields[2])
         except (IndexError, ValueError, OverflowError):
             continue
-    listening = {local[1] for _, local, _, state in parsed if state == _LISTEN and kind == "tcp"}
-    for inode, (address, port), (peer, peer_port), state in parsed:
-        if kind == "tcp" and state == _LISTEN:
+        if listens:
+            listening.add(port)  # the kernel writes these before the connections that came to them
+        if inode not in wanted:
+            continue
+        if listens:
             yield inode, (kind, f"listens on {_shown(address, port)}")
         elif not peer_port:
             yield inode, (kind, f"on {_shown(address, port)}")
@@ -223,25 +244,36 @@ def _place(text: bytes) -> tuple[str, int]:
     """`0100007F:1F90` is 127.0.0.1 and 8080: words of 32 bits as this host would print them. Raises ValueError."""
     words, _, port = text.partition(b":")
     raw = b"".join(int(words[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(words), 8))
-    address: ipaddress.IPv4Address | ipaddress.IPv6Address = ipaddress.ip_address(raw)
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-        address = address.ipv4_mapped
-    return str(address), int(port, 16)
+    raw = raw.removeprefix(_MAPPED)
+    return socket.inet_ntop(socket.AF_INET if len(raw) == 4 else socket.AF_INET6, raw), int(port, 16)
 
 
 def _shown(address: str, port: int) -> str:
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
-def _unix(rows: Iterable[list[bytes]], peers: Mapping[int, int]) -> Iterator[tuple[int, tuple[str, str]]]:
-    """The sockets of a /proc/net/unix table. One without a name is called by its peer, where that is known."""
+def _unix(path: str, namespace: str, wanted: Collection[int]) -> Iterator[tuple[int, tuple[str, str]]]:
+    """The wanted sockets of a /proc/net/unix table. One without a name is called by its peer, where that is known."""
+    peers = unix_peers(namespace)
+    called = {peer for inode, peer in peers.items() if inode in wanted}
+    nameless: list[int] = []
     names: dict[int, str] = {}
-    for fields in rows:
+    for fields in _rows(path):
         try:
             inode = int(fields[6])
         except (IndexError, ValueError):
             continue
-        names[inode] = _cut(os.fsdecode(fields[7])) if len(fields) > 7 else ""
-    for inode, name in names.items():
+        name = _cut(os.fsdecode(fields[7])) if len(fields) > 7 else ""
+        if name and inode in called:
+            names[inode] = name
+        if inode not in wanted:
+            continue
+        if name:
+            yield inode, ("unix", name)
+        else:
+            nameless.append(inode)
+    for inode in nameless:
+        if inode not in wanted:
+            continue  # a row came twice, as it may while the table changes
         peer = names.get(peers.get(inode, 0), "")
-        yield inode, ("unix", name or (f"to {peer}" if peer else "without a name"))
+        yield inode, ("unix", f"to {peer}" if peer else "without a name")

@@ -15,6 +15,8 @@ LINE_LIMIT: Final = 4096
 """Bytes of a line that is read. A longer one with a wanted name counts as a sample that could not be read."""
 SERIES_LIMIT: Final = 2048
 """Samples with a wanted name on one page."""
+WANTED_LIMIT: Final = 1 << 18
+"""Bytes of the wanted lines of one page that are read: where they are hostile, parsing so many takes 0.2 s."""
 MODELS_LIMIT: Final = 64
 """Models that one page may tell of."""
 LARGEST: Final = 2.0**53
@@ -244,6 +246,7 @@ class PageReader:
         self._carry = b"\n"  # what the last piece began and did not end, with the line break before it
         self._is_metrics = False
         self._kept = 0
+        self._room = WANTED_LIMIT
         # By name, then by its spelling, then by labels; None is a value that cannot be taken.
         self._samples: dict[str, dict[str, dict[Labels, float | None]]] = {}
         self._broken: set[str] = set()
@@ -263,7 +266,9 @@ class PageReader:
             return Failure.TOO_LARGE
         for found in _WANTED_LINE.finditer(data, 0, end):
             self._kept += 1
-            if self._kept > SERIES_LIMIT:
+            size = len(found[0])
+            self._room -= size if size <= LINE_LIMIT else 0  # a longer one is not looked into
+            if self._kept > SERIES_LIMIT or self._room < 0:
                 return Failure.TOO_MANY_SERIES
             self._take(found)
         return None

@@ -16,6 +16,8 @@ from typing import Final
 
 import psutil
 
+from probes import descriptors
+
 GROWTH_SECONDS: Final = 60.0
 """The time over which the growth of descriptors is taken."""
 
@@ -77,6 +79,7 @@ class Processes:
     ) -> None:
         psutil.PROCFS_PATH = str(proc_root)
         self._root = proc_root
+        self._by_size = descriptors.counts_by_size(str(proc_root))
         self._clock = clock
         # One tick earlier: a process of this very tick is older than this object by less than a tick, or younger.
         self._began_ticks = int(boot_clock() * _CLOCK_TICKS) - 1
@@ -108,25 +111,28 @@ class Processes:
             with process.oneshot():
                 threads = process.num_threads()
                 resident_bytes = process.memory_info().rss
-                descriptors = _descriptors(process)
-        except psutil.NoSuchProcess:  # a zombie too: it holds nothing any more
+        except psutil.NoSuchProcess:
+            self._known.pop(pid, None)
+            return
+        open_files = descriptors.count(str(self._root), pid, by_size=self._by_size)
+        if open_files is None and _stat(self._root / str(pid) / "stat") is None:
             self._known.pop(pid, None)
             return
         to.processes += 1
         to.threads += threads
         to.resident_bytes += resident_bytes
         known = self._follow(pid, service, *stat)
-        if descriptors is None:
+        if open_files is None:
             to.hidden = True
             known.descriptors.clear()
             return
-        to.open_files += descriptors
-        known.descriptors.append((now, descriptors))
+        to.open_files += open_files
+        known.descriptors.append((now, open_files))
         while len(known.descriptors) > 1 and now - known.descriptors[1][0] >= GROWTH_SECONDS:
             known.descriptors.popleft()
         then, before = known.descriptors[0]
         if now - then >= GROWTH_SECONDS:
-            to.growths.append((descriptors - before) / (now - then))
+            to.growths.append((open_files - before) / (now - then))
 
     def _follow(self, pid: int, service: int, major_faults: int, start: int) -> _Process:
         """Return what is known of the process, after counting its new major faults."""
@@ -151,15 +157,8 @@ class Processes:
         )
 
 
-def _descriptors(process: psutil.Process) -> int | None:
-    try:
-        return process.num_fds()
-    except psutil.AccessDenied:
-        return None
-
-
 def _stat(path: Path) -> tuple[int, int] | None:
-    """Return the major faults and the start, in ticks since boot, of a process; None for one that is gone.
+    """Return the major faults and the start, in ticks since boot, of a process; None for one that is gone or a zombie.
 
     psutil has no major faults. The name ends at the last parenthesis: it may hold others.
     """
@@ -169,6 +168,8 @@ def _stat(path: Path) -> tuple[int, int] | None:
         return None
     fields = raw[raw.rfind(b")") + 2 :].split()
     try:
+        if fields[0] in {b"Z", b"X"}:
+            return None  # it holds nothing any more
         return int(fields[_MAJOR_FAULTS_FIELD]), int(fields[_START_FIELD])
     except (IndexError, ValueError):
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import encodings.idna  # noqa: F401 - a host's name needs it, and nobody may not read it
 import json
 import logging
@@ -184,7 +183,7 @@ def as_nobody(look: Callable[[], Iterable[Check]], name: str, patience_s: float 
     """What `look` finds in a child process that has given up its privileges, as the reader has.
 
     What it asks is not trusted, and what root would be told need not be what the reader is. One finding called `name`
-    where nothing came back.
+    where nothing came back, or where the privileges cannot be given up: then nothing is asked.
     """
     reading, writing = os.pipe()
     sys.stdout.flush()
@@ -192,9 +191,15 @@ def as_nobody(look: Callable[[], Iterable[Check]], name: str, patience_s: float 
     if child == 0:
         try:
             logging.disable()  # what it would log is in what it finds
-            with contextlib.suppress(FootlightError):  # the check of the reader's privileges says so
+            try:
                 privileges.drop_to_nobody([writing])
-            answer = json.dumps([asdict(check) for check in look()]).encode()
+            except FootlightError as error:
+                found: Iterable[Check] = [
+                    Check(name, False, False, f"not looked at with privileges: {error.what}", error.next_step)
+                ]
+            else:
+                found = look()
+            answer = json.dumps([asdict(check) for check in found]).encode()
             with os.fdopen(writing, "wb") as pipe:
                 pipe.write(answer[:_ANSWER_BYTES])
         finally:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -177,17 +178,65 @@ def test_tables_of_nonsense_are_taken(tmp_path: Path) -> None:
     (process / "fd/1").symlink_to("socket:[no]")
     (process / "fd/2").symlink_to("anon_inode:")
     (process / "fd/3").symlink_to("/x/\udcff (deleted)")
+    (process / "fd/4").symlink_to("socket:[12]")
     for name, text in (
         ("tcp", "head\n 0: 0100007F:1F90 zz:0 0A\n 1: 1F90 : 01 a b c d e 11\n\xff\n"),
         ("tcp6", "head\n 0: 00:1 00:2 01 0 0 0 0 0 11\n"),
         ("udp", ""),
-        ("unix", "head\na b c d e f g h\n1: 2 3 4 5 6 12\n"),
+        ("unix", "head\na b c d e f g h\n" + "1: 2 3 4 5 6 12\n" * 3),
     ):
         (process / "net" / name).write_text(text, "latin-1")
     found = snapshot(7, tmp_path)
     assert found is not None
-    assert found.open_files == found.examined == 4
+    assert found.open_files == found.examined == 5
     assert Target("other", "socket", 1) in found.targets
+    assert Target("unix", "without a name", 1) in found.targets
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def socket_row(local: str, peer: str, state: str, inode: int) -> str:
+    return f"   1: {local} {peer} {state} 00000000:00000000 00:00000000 00000000     0        0 {inode} 1 0 20 4\n"
+
+
+def test_tables_of_others_sockets_are_not_held(tmp_path: Path) -> None:
+    (tmp_path / "7/fd").mkdir(parents=True)
+    (tmp_path / "7/net").mkdir()
+    for number in range(3):
+        (tmp_path / f"7/fd/{number}").symlink_to(f"socket:[{40_009 + number}]")
+    local, peer = "0100007F:1F90", "0200007F:{:04X}"
+    six = "0000000000000000FFFF0000{}".format
+    rows = [socket_row(peer.format(1 + number % 65535), local, "01", number) for number in range(20_011)]
+    rows += [socket_row(local, peer.format(7), "01", 40_009)]
+    rows_six = [socket_row(six(peer.format(1 + number % 65535)), six(local), "01", number) for number in range(20_011)]
+    rows_six += [socket_row(six(local), six(peer.format(11)), "01", 40_010)]
+    (tmp_path / "7/net/tcp").write_text("".join(["head\n", socket_row(local, "00000000:0000", "0A", 11), *rows]))
+    (tmp_path / "7/net/tcp6").write_text("".join(["head\n", *rows_six]))
+    names = [f"0: 00000002 00000000 00010000 0001 01 {number} /a/{number}\n" for number in range(20_011)]
+    (tmp_path / "7/net/unix").write_text("".join(["head\n", *names, names[-1].replace(" 20010 ", " 40011 ")]))
+    found: list[Snapshot | None] = []
+    assert peak_bytes(lambda: found.append(snapshot(7, tmp_path))) < 1 << 19
+    assert found[0] is not None
+    assert targets(found[0]) == {("tcp", "from 127.0.0.2 to port 8080"): 2, ("unix", "/a/20010"): 1}
+
+
+def test_names_of_descriptors_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(descriptors, "MOST_EXAMINED", 13)
+    process(tmp_path, 7, files=2003)
+    counted: list[int | None] = []
+    found: list[Snapshot | None] = []
+    assert peak_bytes(lambda: counted.append(descriptors.count(str(tmp_path), 7, by_size=False))) < 1 << 15
+    assert peak_bytes(lambda: found.append(snapshot(7, tmp_path))) < 1 << 15
+    assert counted == [2003]
+    assert found[0] is not None
+    assert (found[0].open_files, found[0].examined) == (2003, 13)
 
 
 # ---- once a second ----

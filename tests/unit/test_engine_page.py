@@ -17,6 +17,7 @@ from probes.engine_page import (
     LINE_LIMIT,
     MODELS_LIMIT,
     SERIES_LIMIT,
+    WANTED_LIMIT,
     EngineModel,
     Failure,
     Figure,
@@ -281,6 +282,36 @@ def test_too_many_series_and_models_are_refused() -> None:
     assert isinstance(models, tuple)
     assert len(models) == MODELS_LIMIT
     assert read("".join(map(line.format, range(MODELS_LIMIT + 1))).encode()) is Failure.TOO_MANY_SERIES
+
+
+def test_wanted_lines_are_read_up_to_a_size_in_all() -> None:
+    labels = ",".join(f'{chr(97 + number % 26)}{number // 26}=""' for number in range(500))
+    lines = [f'vllm:prompt_tokens_total{{model_name="m",engine="{number:03}",{labels}}} 1' for number in range(100)]
+    lines = [line + " " * (LINE_LIMIT - len(line) - 1) for line in lines]
+    most = WANTED_LIMIT // LINE_LIMIT
+    assert told("\n".join([*lines[:most], ""])).prompt_tokens == most
+    assert read("\n".join([*lines[: most + 1], ""]).encode()) is Failure.TOO_MANY_SERIES
+    unread = "".join(f'vllm:num_requests_running{{engine="{"x" * LINE_LIMIT}"}} {number}\n' for number in range(100))
+    assert told("\n".join([*lines[:most], unread])).prompt_tokens == most
+
+
+def test_page_of_many_models_with_long_names_fits() -> None:
+    names = ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions_total"]
+    names += ["prefix_cache_queries_total", "prefix_cache_hits_total", "prompt_tokens_total", "generation_tokens_total"]
+    names += ["time_to_first_token_seconds_sum", "time_to_first_token_seconds_count"]
+    reasons = ["stop", "length", "abort", "error", "repetition", "timeout"]
+    labels = [("engine", "0")]
+    samples = [(name, labels) for name in names]
+    samples += [("request_success_total", [*labels, ("finished_reason", reason)]) for reason in reasons]
+    page = "# HELP vllm\n"
+    for number in range(MODELS_LIMIT):
+        for name, others in samples:
+            pairs = [*others, ("model_name", f"{number:080}")]
+            written = ",".join(f'{key}="{value}"' for key, value in pairs)
+            page += f"vllm:{name}{{{written}}} 0.123456789012\n"
+    models = read(page.encode())
+    assert isinstance(models, tuple)
+    assert len(models) == MODELS_LIMIT
 
 
 def test_line_without_end_is_refused() -> None:

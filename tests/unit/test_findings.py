@@ -199,16 +199,22 @@ def test_nobody_listens() -> None:
     assert found.detail == f"s0, {url}/metrics: refused"
 
 
-def test_engines_are_asked_by_a_child_without_privileges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(privileges, "drop_to_nobody", refuse)
+def test_engines_are_asked_by_a_child_without_privileges() -> None:
     with page((FIXTURES / "sglang.txt").read_bytes()) as url:
         found = findings.examine(config(f"{url}/metrics"))
     assert [each.name for each in found] == ["GPU", "GPU devices", "CUDA calls", "engine metrics"]
     assert "sglang" in found[-1].detail
 
 
-def refuse(_: object) -> None:
-    raise HostError("not root", "run as root")
+def test_nothing_is_asked_with_privileges_that_cannot_be_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise HostError("setresuid is refused", "run as root")
+
+    monkeypatch.setattr(privileges, "drop_to_nobody", refuse)
+    given = [Check("engine metrics", True, False, "asked")]
+    assert findings.as_nobody(lambda: given, "engine metrics") == [
+        Check("engine metrics", False, False, "not looked at with privileges: setresuid is refused", "run as root")
+    ]
 
 
 def test_findings_cross_from_the_child_whole() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -122,6 +124,23 @@ def test_a_slow_period_is_no_silence() -> None:
     it.gpus.answer = REPORT, it.now_ns
     it.now_ns += 150 * SECOND_NS
     assert it.outside.gpus() is REPORT
+
+
+@pytest.mark.parametrize(("wanted", "held"), [("off", False), ("auto", True), ("on", True)])
+def test_the_library_for_gpus_is_loaded_before_it_is_needed_and_only_then(wanted: str, held: bool) -> None:
+    code = (
+        "import sys, exporter.reader\n"
+        "from exporter import outside\n"
+        "from exporter.config import Config, Match, Probes, Service\n"
+        f"config = Config(services=(Service('stage', Match(port=(8000,))),), probes=Probes(gpu='{wanted}'))\n"
+        "assert 'pynvml' not in sys.modules\n"
+        "outside.Outside.prepare(config)\n"
+        "before = set(sys.modules)\n"
+        "outside.Outside(config, ['stage'])\n"
+        "print('pynvml' in before, *sorted(set(sys.modules) - before))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert done.stdout.split() == [str(held)]
 
 
 def test_nobody_asks_where_gpus_are_off() -> None:

@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
+from probes import descriptors
 from probes.processes import GROWTH_SECONDS, Processes, ServiceProcesses, service_cgroups
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -131,13 +133,35 @@ def test_descriptors_that_may_not_be_looked_at_are_not_zero(host: Host, monkeypa
     host.put(101)
     host.put(103)
 
-    def refuse(process: psutil.Process) -> int:
-        if process.pid == 103:
-            raise psutil.AccessDenied(process.pid)
-        return 3
-
-    monkeypatch.setattr(psutil.Process, "num_fds", refuse)
+    monkeypatch.setattr(descriptors, "count", lambda _root, pid, *, by_size: None if pid == 103 else 3)
     assert host.look({101: 0, 103: 0})[0] == ServiceProcesses(2, None, 2, 20 * PAGE, 0, None)
+
+
+def test_who_ends_while_it_is_looked_at_hides_nothing(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.put(101)
+    host.put(103)
+
+    def end(root: str, pid: int, *, by_size: bool) -> int | None:
+        if pid == 103:
+            host.remove(103)
+        return count(root, pid, by_size=by_size)
+
+    count = descriptors.count
+    monkeypatch.setattr(descriptors, "count", end)
+    assert host.look({101: 0, 103: 0})[0] == ServiceProcesses(1, 3, 1, 10 * PAGE, 0, None)
+
+
+def test_names_of_descriptors_are_not_held(host: Host) -> None:
+    host.put(101, files=2003)
+    host.look({101: 0})
+    tracemalloc.start()
+    try:
+        (seen,) = host.look({101: 0}).values()
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert seen.open_files == 2003
+    assert peak_bytes < 1 << 16
 
 
 def test_a_real_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +174,12 @@ def test_a_real_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen.processes == seen.threads == 1
     assert seen.open_files == 46
     assert seen.resident_bytes > 1 << 20
+
+
+def test_one_that_has_ended_and_was_not_waited_for_holds_nothing() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert Processes().look({child.pid: 0})[0] == ServiceProcesses(0, 0, 0, 0, 0, None)
 
 
 # ---- cgroups ----
