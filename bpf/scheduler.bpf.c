@@ -25,8 +25,10 @@
  * sleep is one wait: a call may have several. Not seen: epoll and select on a device; page faults in memory that the GPU
  * holds; and the thread that asks the GPU in a loop, which is CUDA's default: it runs.
  *
- * May be left out by user space: data_ready (Linux 6.3), sent, received (both 6.3). Needs bpf_task_pt_regs (5.15) to say
- * what a thread slept on; before, it is WAIT_OTHER.
+ * Before Linux 6.3, which has neither sk_data_ready nor sock_send_length and sock_recv_length, user space loads the programs
+ * of the last section in place of data_ready, sent and received. They know TCP alone: who wakes another thread over a Unix
+ * socket is then WAKER_TASK, and neither such sockets nor UDP have messages. Needs bpf_task_pt_regs (5.15) to say what a
+ * thread slept on, and there who sent; before, it is WAIT_OTHER, and no send is seen.
  */
 #include "service_stats.bpf.h"
 #include "sockets.bpf.h"
@@ -58,6 +60,8 @@ const volatile s64 preempt_count_distance = 0;
  * something else that the same interrupt did, such as making room in another socket's buffer.
  */
 #define NESTED_NS 20000
+/* The same from tcp_probe on, which comes before TCP's own work: 7 to 13 us when nothing of it is in the caches. */
+#define NESTED_IN_TCP_NS 50000
 
 struct scheduler_stats {
 	struct histogram
@@ -127,7 +131,7 @@ enum context {
 /* The socket whose readers this CPU is waking. */
 struct note {
 	u64 sk; /* 0: none */
-	u64 at_ns;
+	u64 until_ns; /* a wake-up after this is something else's */
 	u64 who; /* pid_tgid of the task that runs, or was interrupted */
 	enum context context;
 	u32 sent; /* 1: that task sent the bytes */
@@ -399,6 +403,8 @@ static __always_inline u8 *byte_at(void *table, u32 index)
 	u32 zero = 0;
 	struct byte_table *bytes = bpf_map_lookup_elem(table, &zero);
 
+	/* The compiler leaves out the mask of what is a u16 already; Linux 6.1 does not know that of a u16 in a socket. */
+	asm volatile("" : "+r"(index));
 	return bytes ? &bytes->at[index & 0xffff] : NULL;
 }
 
@@ -921,7 +927,7 @@ int BPF_PROG(waking, struct task_struct *task)
 	now = bpf_ktime_get_ns();
 	context = context_now();
 	note = bpf_map_lookup_elem(&notes, &zero);
-	if (note && note->sk && note->who == who && note->context == context && now - note->at_ns < NESTED_NS) {
+	if (note && note->sk && note->who == who && note->context == context && now < note->until_ns) {
 		ready_sk = note->sk;
 		waker = note->sent ? WAKER_MESSAGE : WAKER_NETWORK;
 	}
@@ -1009,8 +1015,31 @@ int BPF_PROG(renamed, struct task_struct *task, const char *name)
 
 /* ---- messages ---- */
 
-static __always_inline void send_message(void *ctx, enum message_kind kind, const struct sock *sk, u32 service,
-					 s32 result, bool full)
+/* A socket, as far as messages are concerned with it. */
+struct end {
+	u32 family;
+	u32 protocol;
+	u32 hash;
+	u16 local_port;
+	u16 peer_port;
+};
+
+/* Of a socket that the kernel handed over, which costs no call. */
+static __always_inline struct end end_of(const struct sock *sk)
+{
+	struct end end = {
+		.family = sk->__sk_common.skc_family,
+		.protocol = sk->sk_protocol,
+		.hash = sk->__sk_common.skc_hash,
+		.local_port = sk->__sk_common.skc_num,
+		.peer_port = bpf_ntohs(sk->__sk_common.skc_dport),
+	};
+
+	return end;
+}
+
+static __always_inline void send_message(void *ctx, enum message_kind kind, const struct sock *sk,
+					 const struct end *end, u32 service, s32 result, bool full)
 {
 	u64 who = bpf_get_current_pid_tgid();
 	struct message message = {
@@ -1023,12 +1052,12 @@ static __always_inline void send_message(void *ctx, enum message_kind kind, cons
 		.lost = messages_lost,
 		.full = full,
 		.kind = kind,
-		.family = sk->__sk_common.skc_family,
+		.family = end->family,
 	};
 
 	if (message.family != AF_UNIX) {
-		message.local_port = sk->__sk_common.skc_num;
-		message.peer_port = bpf_ntohs(sk->__sk_common.skc_dport);
+		message.local_port = end->local_port;
+		message.peer_port = end->peer_port;
 	}
 	if (message.family == AF_INET6)
 		BPF_CORE_READ_INTO(&message.peer, sk, __sk_common.skc_v6_daddr);
@@ -1083,10 +1112,10 @@ static __always_inline struct sock *sender_to(const struct sock *sk)
  * Bytes came for `sk`, and those who wait for it are woken next. Called for every socket of the host: what no service can
  * have to do with is left at once.
  */
-SEC("tp_btf/sk_data_ready")
-int BPF_PROG(data_ready, const struct sock *sk)
+static __always_inline int note_ready(void *ctx, const struct sock *sk, u64 nested_ns)
 {
-	u32 zero = 0, family = sk->__sk_common.skc_family, local, peer;
+	struct end end = end_of(sk);
+	u32 zero = 0, family = end.family, local, peer;
 	struct note *note = bpf_map_lookup_elem(&notes, &zero);
 	enum context context = CONTEXT_TASK;
 	bool sent = true, waited = false;
@@ -1098,10 +1127,10 @@ int BPF_PROG(data_ready, const struct sock *sk)
 	note->sk = 0;
 	service = service_of_task();
 	if (family == AF_INET || family == AF_INET6) {
-		local = sk->__sk_common.skc_num;
-		peer = bpf_ntohs(sk->__sk_common.skc_dport);
+		local = end.local_port;
+		peer = end.peer_port;
 		sent = false;
-		if (sk->sk_protocol == IPPROTO_TCP) {
+		if (end.protocol == IPPROTO_TCP) {
 			/*
 			 * Who answers its clients does so from a service's port, and most do it from this host only in
 			 * tests and behind a proxy. That is no message within the service.
@@ -1123,61 +1152,90 @@ int BPF_PROG(data_ready, const struct sock *sk)
 	} else if (family != AF_UNIX) {
 		return 0;
 	}
-	note->at_ns = bpf_ktime_get_ns();
+	note->until_ns = bpf_ktime_get_ns() + nested_ns;
 	note->who = bpf_get_current_pid_tgid();
 	note->context = context;
 	note->sent = sent;
 	note->sk = (u64)sk;
 	if (service && sent)
-		send_message(ctx, MESSAGE_READY, sk, *service, 0, false);
+		send_message(ctx, MESSAGE_READY, sk, &end, *service, 0, false);
 	return 0;
+}
+
+SEC("tp_btf/sk_data_ready")
+int BPF_PROG(data_ready, const struct sock *sk)
+{
+	return note_ready(ctx, sk, NESTED_NS);
+}
+
+/* Whom this CPU wakes from now on it does not wake by the bytes that came last. */
+static __always_inline void end_note(void)
+{
+	u32 zero = 0;
+	struct note *note = bpf_map_lookup_elem(&notes, &zero);
+
+	if (note)
+		note->sk = 0;
+}
+
+/* A task of a service has sent over TCP. Whether it matters: to its clients it does where there is no room, or was none. */
+static __always_inline bool is_send_told(const struct sock *sk, const struct end *end, bool full)
+{
+	u8 *bits;
+
+	if (is_service_port(end->local_port)) {
+		bits = byte_at(&stalled, end->hash);
+		if (!bits || (!full && !*bits))
+			return false;
+		*bits = full;
+	} else {
+		note_client(sk, false);
+	}
+	return true;
 }
 
 SEC("tp_btf/sock_send_length")
 int BPF_PROG(sent, struct sock *sk, int result)
 {
-	u32 zero = 0, family = sk->__sk_common.skc_family, port;
 	u32 *service = service_of_task();
-	struct note *note;
+	struct end end;
 	bool full;
 	u8 *bits;
 
 	if (!service)
 		return 0;
-	note = bpf_map_lookup_elem(&notes, &zero);
-	if (note)
-		note->sk = 0; /* whom this task wakes from now on it does not wake by these bytes */
+	end_note();
+	end = end_of(sk);
 	full = no_room(sk, result);
-	if (family == AF_UNIX) {
+	if (end.family == AF_UNIX) {
 		if (result == -EAGAIN)
-			send_message(ctx, MESSAGE_SENT, sk, *service, result, full);
+			send_message(ctx, MESSAGE_SENT, sk, &end, *service, result, full);
 		return 0;
 	}
-	if (family != AF_INET && family != AF_INET6)
+	if (end.family != AF_INET && end.family != AF_INET6)
 		return 0;
-	port = sk->__sk_common.skc_num;
-	if (sk->sk_protocol == IPPROTO_TCP) {
-		if (is_service_port(port)) {
-			bits = byte_at(&stalled, sk->__sk_common.skc_hash);
-			if (!bits || (!full && !*bits))
-				return 0;
-			*bits = full;
-		} else {
-			note_client(sk, false);
-		}
+	if (end.protocol == IPPROTO_TCP) {
+		if (!is_send_told(sk, &end, full))
+			return 0;
 	} else {
-		bits = byte_at(&client_ports, port);
+		bits = byte_at(&client_ports, end.local_port);
 		if (bits)
 			*bits |= CLIENT_UDP;
 	}
-	send_message(ctx, MESSAGE_SENT, sk, *service, result, full);
+	send_message(ctx, MESSAGE_SENT, sk, &end, *service, result, full);
 	return 0;
+}
+
+/* What a client from outside asks is the requests probe's. */
+static __always_inline bool is_request(const struct end *end)
+{
+	return is_service_port(end->local_port) && !is_client_port(end->peer_port, CLIENT_TCP);
 }
 
 SEC("tp_btf/sock_recv_length")
 int BPF_PROG(received, struct sock *sk, int result, int flags)
 {
-	u32 family = sk->__sk_common.skc_family;
+	struct end end;
 	u32 *service;
 
 	if (result <= 0 || flags & MSG_PEEK)
@@ -1185,13 +1243,12 @@ int BPF_PROG(received, struct sock *sk, int result, int flags)
 	service = service_of_task();
 	if (!service)
 		return 0;
-	if (family != AF_UNIX && family != AF_INET && family != AF_INET6)
+	end = end_of(sk);
+	if (end.family != AF_UNIX && end.family != AF_INET && end.family != AF_INET6)
 		return 0;
-	/* what a client from outside asks is the requests probe's */
-	if (family != AF_UNIX && sk->sk_protocol == IPPROTO_TCP && is_service_port(sk->__sk_common.skc_num) &&
-	    !is_client_port(bpf_ntohs(sk->__sk_common.skc_dport), CLIENT_TCP))
+	if (end.family != AF_UNIX && end.protocol == IPPROTO_TCP && is_request(&end))
 		return 0;
-	send_message(ctx, MESSAGE_RECEIVED, sk, *service, result, false);
+	send_message(ctx, MESSAGE_RECEIVED, sk, &end, *service, result, false);
 	return 0;
 }
 
@@ -1219,4 +1276,116 @@ int BPF_PROG(client_state, const struct sock *sk, int old_state, int new_state)
 		bpf_map_delete_elem(&clients, &key);
 	}
 	return 0;
+}
+
+/* ---- messages before Linux 6.3; to be dropped with 6.1 ---- */
+
+/*
+ * For data_ready. TCP tells of a segment of an established connection before it looks at it, in the context in which it
+ * wakes the readers a moment later.
+ */
+SEC("tp_btf/tcp_probe")
+int BPF_PROG(segment_arrived, struct sock *sk, const struct sk_buff *skb)
+{
+	struct tcp_header header;
+
+	if (bpf_probe_read_kernel(&header, sizeof(header), skb->data) || skb->len <= (header.doff_reserved >> 4) * 4) {
+		end_note(); /* an acknowledgement, no data: it wakes those who wait for room */
+		return 0;
+	}
+	return note_ready(ctx, sk, NESTED_IN_TCP_NS);
+}
+
+/*
+ * For received. By TCP, for each buffer that a read has taken bytes of, so that a read may have several messages; and for one
+ * that it only peeked at. How many bytes is not said: the result is 1.
+ */
+SEC("tp_btf/tcp_rcv_space_adjust")
+int BPF_PROG(bytes_read, struct sock *sk)
+{
+	u32 *service = service_of_task();
+	struct end end;
+
+	if (!service)
+		return 0;
+	end = end_of(sk);
+	if (!is_request(&end))
+		send_message(ctx, MESSAGE_RECEIVED, sk, &end, *service, 1, false);
+	return 0;
+}
+
+/* no_room() of a socket that was looked up, not handed over by the kernel. */
+static __always_inline bool no_room_in(const struct sock *sk, int result)
+{
+	if (result == -EAGAIN)
+		return true;
+	return result > 0 && BPF_CORE_READ(sk, sk_wmem_queued) >= BPF_CORE_READ(sk, sk_sndbuf) &&
+	       BPF_CORE_READ(sk, sk_socket, flags) & (1 << SOCK_NOSPACE) &&
+	       BPF_CORE_READ(sk, sk_socket, file, f_flags) & O_NONBLOCK;
+}
+
+/* For sent. The return of a call that may have sent on the socket of its first argument. */
+static __always_inline int call_returned(struct exit_context *ctx)
+{
+	u32 *service = service_of_task();
+	struct end end = {};
+	struct sock *sk;
+	bool full;
+
+	/* of what fails, only the lack of room matters */
+	if (!service || (ctx->ret <= 0 && ctx->ret != -EAGAIN))
+		return 0;
+	if (!bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_task_pt_regs))
+		return 0;
+	end_note();
+	sk = socket_of_file(file_of(bpf_get_current_task_btf(), syscall_of(bpf_get_current_task_btf()).first));
+	if (!sk)
+		return 0;
+	end.family = BPF_CORE_READ(sk, __sk_common.skc_family);
+	end.protocol = BPF_CORE_READ(sk, sk_protocol);
+	if ((end.family != AF_INET && end.family != AF_INET6) || end.protocol != IPPROTO_TCP)
+		return 0;
+	end.hash = BPF_CORE_READ(sk, __sk_common.skc_hash);
+	end.local_port = BPF_CORE_READ(sk, __sk_common.skc_num);
+	end.peer_port = bpf_ntohs(BPF_CORE_READ(sk, __sk_common.skc_dport));
+	full = no_room_in(sk, ctx->ret);
+	if (is_send_told(sk, &end, full))
+		send_message(ctx, MESSAGE_SENT, sk, &end, *service, ctx->ret, full);
+	return 0;
+}
+
+SEC("tp/syscalls/sys_exit_write")
+int returned_write(struct exit_context *ctx)
+{
+	return call_returned(ctx);
+}
+
+SEC("tp/syscalls/sys_exit_writev")
+int returned_writev(struct exit_context *ctx)
+{
+	return call_returned(ctx);
+}
+
+SEC("tp/syscalls/sys_exit_sendto")
+int returned_sendto(struct exit_context *ctx)
+{
+	return call_returned(ctx);
+}
+
+SEC("tp/syscalls/sys_exit_sendmsg")
+int returned_sendmsg(struct exit_context *ctx)
+{
+	return call_returned(ctx);
+}
+
+SEC("tp/syscalls/sys_exit_sendmmsg")
+int returned_sendmmsg(struct exit_context *ctx)
+{
+	return call_returned(ctx);
+}
+
+SEC("tp/syscalls/sys_exit_sendfile64")
+int returned_sendfile64(struct exit_context *ctx)
+{
+	return call_returned(ctx);
 }

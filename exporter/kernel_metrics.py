@@ -30,10 +30,10 @@ OPERATIONS: Final = ("read", "write", "flush", "discard")
 _SERVICE: Final = ("service_name",)
 
 
-def _rows(scrape: Scrape, probe: str) -> Iterator[tuple[str, NDArray[np.void]]]:
-    """Each service's name and its counters of a probe; nothing where the probe is not up."""
+def _rows(scrape: Scrape, probe: str, member: str) -> Iterator[tuple[str, NDArray[np.void]]]:
+    """Each service's name and counters of a probe; nothing where it is not up, or does not measure `member` here."""
     counters = scrape.kernel.get(probe)
-    if counters is not None:
+    if counters is not None and member in (counters.dtype.names or ()):
         yield from ((name, row) for name, row in zip(scrape.services, counters, strict=True) if name)
 
 
@@ -47,7 +47,7 @@ def histogram_of(sum_ns: SupportsInt, counts: Iterable[SupportsInt]) -> Histogra
 
 def _histogram(name: str, probe: str, member: str, text: str) -> Family:
     def points(scrape: Scrape) -> Iterator[Point]:
-        for service, row in _rows(scrape, probe):
+        for service, row in _rows(scrape, probe, member):
             yield (service,), histogram_of(row[member]["sum_ns"], row[member]["counts"])
 
     return Family(Spec(name, Kind.HISTOGRAM, text, _SERVICE, "seconds", BOUNDS), points)
@@ -55,7 +55,7 @@ def _histogram(name: str, probe: str, member: str, text: str) -> Family:
 
 def _seconds(name: str, probe: str, member: str, text: str) -> Family:
     def points(scrape: Scrape) -> Iterator[Point]:
-        for service, row in _rows(scrape, probe):
+        for service, row in _rows(scrape, probe, member):
             yield (service,), int(row[member]) / 1e9
 
     return Family(Spec(name, Kind.COUNTER, text, _SERVICE, "seconds"), points)
@@ -63,38 +63,38 @@ def _seconds(name: str, probe: str, member: str, text: str) -> Family:
 
 def _count(name: str, probe: str, member: str, text: str) -> Family:
     def points(scrape: Scrape) -> Iterator[Point]:
-        for service, row in _rows(scrape, probe):
+        for service, row in _rows(scrape, probe, member):
             yield (service,), int(row[member])
 
     return Family(Spec(name, Kind.COUNTER, text, _SERVICE), points)
 
 
 def _off_cpu(scrape: Scrape) -> Iterator[Point]:
-    for service, row in _rows(scrape, "scheduler"):
+    for service, row in _rows(scrape, "scheduler", "off_cpu_ns"):
         for reason, ns in list(zip(OFF_CPU_REASONS, row["off_cpu_ns"], strict=True))[1:]:
             yield (service, reason), int(ns) / 1e9
 
 
 def _gpu_waits(scrape: Scrape) -> Iterator[Point]:
     if scrape.status and scrape.status.gpu_devices:
-        for service, row in _rows(scrape, "scheduler"):
+        for service, row in _rows(scrape, "scheduler", "gpu_wait"):
             yield (service,), histogram_of(row["gpu_wait"]["sum_ns"], row["gpu_wait"]["counts"])
 
 
 def _resets(scrape: Scrape) -> Iterator[Point]:
-    for service, row in _rows(scrape, "tcp"):
+    for service, row in _rows(scrape, "tcp", "resets_sent"):
         yield (service, "sent"), int(row["resets_sent"])
         yield (service, "received"), int(row["resets_received"])
 
 
 def _block_latency(scrape: Scrape) -> Iterator[Point]:
-    for service, row in _rows(scrape, "block"):
+    for service, row in _rows(scrape, "block", "io"):
         for operation, histogram in zip(OPERATIONS, row["io"], strict=True):
             yield (service, operation), histogram_of(histogram["sum_ns"], histogram["counts"])
 
 
 def _block_bytes(scrape: Scrape) -> Iterator[Point]:
-    for service, row in _rows(scrape, "block"):
+    for service, row in _rows(scrape, "block", "bytes"):
         for operation, count in zip(OPERATIONS, row["bytes"], strict=True):
             yield (service, operation), int(count)
 

@@ -204,12 +204,14 @@ class Paths:
             self._followed[followed.request.number] = followed
             followed.slow = self._is_slow(followed, now_ns)
         self._chance.shuffle(started)
+        walked = self.walked
         for followed in started:
             request = followed.request
             token = request.first_token
             assert token is not None
             key = (followed.series, CausePhase.TTFT, followed.slow)
-            affordable = view is not None and self._affordable()
+            # What the view cost is spent. Where that alone is more than there is, none would ever be walked.
+            affordable = view is not None and (self._affordable() or self.walked == walked)
             if not affordable or not ((followed.slow and self._slow_budget.take()) or self._budget.take()):
                 self._unsampled[key] += max(0, token[0] - request.arrived_ns)
                 continue

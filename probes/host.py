@@ -25,7 +25,7 @@ OTHER_OBJECTS: Final = ("scheduler.bpf.o", "tcp.bpf.o", "block.bpf.o", "memory.b
 SCHEDULER_TRACEPOINTS: Final = ("sched_switch", "sched_waking", "sched_wakeup_new", "sched_process_exit")
 """Without one of these nothing can be said about causes."""
 MESSAGE_TRACEPOINTS: Final = ("sk_data_ready", "sock_send_length", "sock_recv_length")
-"""Without one of these a path does not go on with who sent what a thread waited for."""
+"""Without one of these a path goes on with who sent what a thread read without waiting for it over TCP only."""
 
 _MAP_TYPE_RING_BUFFER: Final = 27
 _TRACE_RAW_TP: Final = 23
@@ -223,8 +223,9 @@ def _causes(load: Callable[[], Libbpf], folder: Path) -> tuple[Check, ...]:
         return (Check("causes", False, False, f"the kernel's BTF has no {', '.join(absent)}", step),)
     absent = [name for name in MESSAGE_TRACEPOINTS if not library.has_btf_tracepoint(name)]
     if absent:
-        step = "use Linux 6.3 or later: here a path ends at a socket whose reader did not sleep"
-        return (Check("causes", False, False, f"the kernel has no {', '.join(absent)}", step),)
+        step = "use Linux 6.3 or later: here a path ends at UDP, and at a Unix socket whose reader did not sleep"
+        detail = f"the kernel has no {', '.join(absent)}: TCP's own and system calls take their place"
+        return (Check("causes", False, False, detail, step),)
     return (Check("causes", True, False, "scheduler and socket tracepoints are there: paths go from thread to thread"),)
 
 

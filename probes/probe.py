@@ -134,7 +134,10 @@ class Channel:
 
 @dataclass(frozen=True, slots=True)
 class StatsMap:
-    """A probe's counters per CPU and service, for the reader to map: `cpus` times `services` of the C structure."""
+    """A probe's counters per CPU and service, for the reader to map: `cpus` times `services` of the C structure.
+
+    `unmeasured` are members that nothing counts on this kernel: they would read as zero.
+    """
 
     probe: str
     record: str
@@ -142,6 +145,7 @@ class StatsMap:
     fd: int
     cpus: int
     services: int
+    unmeasured: tuple[str, ...] = ()
 
 
 def pick_transport(wanted: str) -> Transport:
@@ -180,6 +184,8 @@ class Probe:
     """The C structure of the map `stats`, where the object has one."""
     optional: ClassVar[Mapping[str, str]] = {}
     """Programs that are left out, with what they measure, on a kernel whose BTF has no such tracepoint."""
+    measures: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Members of `stats` that only one of those programs counts, by program."""
     points_map: PointsMap | None = None
     """The slots of its points, where it has any."""
 
@@ -219,7 +225,13 @@ class Probe:
             self.stats_map: StatsMap | None = None
             if self.stats is not None:
                 fd = self._object.map("stats").fd
-                self.stats_map = StatsMap(self.name, self.stats, path, fd, libbpf.possible_cpus(), services)
+                unmeasured = tuple(
+                    member
+                    for program in self.optional
+                    if not self._object.program(program).autoload
+                    for member in self.measures.get(program, ())
+                )
+                self.stats_map = StatsMap(self.name, self.stats, path, fd, libbpf.possible_cpus(), services, unmeasured)
             self._stack = opening.pop_all()
 
     def __enter__(self) -> Self:

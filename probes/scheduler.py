@@ -31,6 +31,26 @@ class SchedulerProbe(Probe):
         "sent": "sock_send_length",
         "received": "sock_recv_length",
     }
+    in_place_of: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "sk_data_ready": ("segment_arrived",),
+        "sock_send_length": (
+            "returned_write",
+            "returned_writev",
+            "returned_sendto",
+            "returned_sendmsg",
+            "returned_sendmmsg",
+            "returned_sendfile64",
+        ),
+        "sock_recv_length": ("bytes_read",),
+    }
+    """Programs that are loaded only where the kernel's BTF has no such tracepoint."""
+
+    def _choose_programs(self) -> None:
+        super()._choose_programs()
+        for tracepoint, programs in self.in_place_of.items():
+            if libbpf.has_btf_tracepoint(tracepoint):
+                for program in programs:
+                    self._object.program(program).set_autoload(False)
 
     def _set_up(self) -> None:
         """Tell the program where the kernel says whether it is in an interrupt; without it no waker is named."""

@@ -28,9 +28,15 @@ class ServiceStats:
         self._shape = (given.cpus, given.services, self._dtype.itemsize // 8)
         size = given.cpus * given.services * self._dtype.itemsize
         self._memory = mmap.mmap(given.fd, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE, prot=mmap.PROT_READ)
+        self._unmeasured = frozenset(given.unmeasured)
         self._words = np.frombuffer(self._memory, dtype=np.uint64, count=size // 8).reshape(self._shape)
 
     def totals(self) -> NDArray[np.void]:
-        """The counters by service, summed over the CPUs: a structured array (services,) of the C structure."""
+        """The counters by service, summed over the CPUs: a structured array (services,) of the C structure.
+
+        Members that this kernel does not measure are left out.
+        """
         summed: NDArray[np.void] = self._words.sum(axis=0, dtype=np.uint64).view(self._dtype)[:, 0]
-        return summed
+        if not self._unmeasured:
+            return summed
+        return summed[[name for name in self._dtype.names or () if name not in self._unmeasured]]

@@ -18,6 +18,7 @@ class TcpProbe(Probe):
     )
     reasons: ClassVar[tuple[Count, ...]] = (Count.CLOCK_BACKWARDS, Count.SOCKETS_FULL)
     optional: ClassVar[Mapping[str, str]] = {"sent": "sock_send_length"}  # Linux 6.3 and later
+    measures: ClassVar[Mapping[str, tuple[str, ...]]] = {"sent": ("send_stall",)}
     stats: ClassVar[str | None] = "tcp_stats"
 
     def __init__(

@@ -27,6 +27,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from exporter.families import Scrape
+from exporter.kernel_metrics import kernel_families
+from exporter.status import ReaderStatus
+from probes import libbpf
 from probes.btf import enum_of
 from probes.channels import open_source
 from probes.probe import Count, Transport
@@ -364,6 +368,19 @@ def test_a_full_table_counts_what_it_does_not_time(transport: Transport) -> None
             target("connect", f"{number}", "127.0.0.1", port_of(listener))
         assert (tcp.count("connect"), tcp.counted(Count.SOCKETS_FULL)) == (5, 6)
         assert len(tcp.events()) == 5
+
+
+def test_what_a_kernel_before_6_3_does_not_tell_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    has = libbpf.has_btf_tracepoint
+    monkeypatch.setattr(libbpf, "has_btf_tracepoint", lambda name: name != "sock_send_length" and has(name))
+    with RequestsProbe(Transport.RING) as requests, TcpProbe(Transport.RING, shares_with=requests) as probe:
+        assert probe.stats_map is not None
+        counters = ServiceStats(probe.stats_map).totals()
+        scrape = Scrape(1, 0.0, (), None, ReaderStatus(0), ("roleplay",), {"tcp": counters})
+        found = {family.spec.name: list(family.points(scrape)) for family in kernel_families()}
+    assert found["kernel_tcp_send_stall_seconds"] == []
+    assert len(found["kernel_tcp_connect_seconds"]) == 1
+    assert len(found["kernel_tcp_resets"]) == 2
 
 
 def test_a_full_ring_counts_what_it_loses(transport: Transport, start: StartCaller) -> None:

@@ -192,7 +192,7 @@ def test_every_finding_that_is_not_right_says_what_to_do(there: FakeHost) -> Non
     [
         (set(), "paths go from thread to thread", ""),
         ({"sched_waking"}, "the kernel's BTF has no sched_waking", "what, not why"),
-        ({"sk_data_ready", "sock_recv_length"}, "the kernel has no sk_data_ready, sock_recv_length", "Linux 6.3"),
+        ({"sk_data_ready", "sock_recv_length"}, "the kernel has no sk_data_ready, sock_recv_length: TCP", "Linux 6.3"),
     ],
 )
 def test_what_causes_need(there: FakeHost, absent: set[str], detail: str, step: str) -> None:

@@ -604,6 +604,24 @@ def test_paths_that_cost_too_much_are_fewer(world: World) -> None:
     assert told == pytest.approx(8 * 30 * MS)
 
 
+def test_where_the_view_alone_costs_too_much_one_path_at_a_time_is_walked(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = world.timeline.view
+
+    def dear_view(since_ns: int, until_ns: int) -> tuple[int, int]:
+        world.cpu_ns += 80 * MS
+        return view(since_ns, until_ns)
+
+    monkeypatch.setattr(world.timeline, "view", dear_view)
+    requests = []
+    for _ in range(200):  # 10 s
+        requests += [world.start(MS, counted=False) for _ in range(2)]
+        world.round()
+    assert sum(map(world.is_walked, requests)) == len(world.timeline.views) == 6
+    assert world.cpu_ns <= 0.04 * 10 * S + paths.CPU_BURST_NS + 80 * MS
+
+
 def test_steps_are_bounded_those_of_requests_under_way_included(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
