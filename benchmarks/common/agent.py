@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import re
 import shutil
 import socket
@@ -135,13 +136,15 @@ class Agent:
 
     def traced(self) -> list[Traced]:
         """The requests that `footlight trace --json` has told so far."""
-        self.out.seek(0)
-        return [msgspec.json.decode(line, type=Traced) for line in self.out if line.endswith(b"\n")]
+        return [
+            msgspec.json.decode(line, type=Traced)
+            for line in _written(self.out).splitlines(keepends=True)
+            if line.endswith(b"\n")
+        ]
 
     def log(self) -> str:
         """What the agent wrote to stderr so far."""
-        self.err.seek(0)
-        return self.err.read().decode(errors="replace")
+        return _written(self.err).decode(errors="replace")
 
     def programs(self) -> dict[str, Program]:
         """What the agent's BPF programs took, by name, estimated. Needs bpftool for the names.
@@ -161,6 +164,11 @@ class Agent:
                 run_ns, runs = program.get("run_time_ns", 0), program.get("run_cnt", 0)
                 spent[program["name"]] = Program(before.run_ns + ONE_IN * run_ns, before.runs + ONE_IN * runs)
         return spent
+
+
+def _written(file: IO[bytes]) -> bytes:
+    """What is in a file that a child writes. Seeking in it here would move where the child writes next."""
+    return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)
 
 
 @contextlib.contextmanager

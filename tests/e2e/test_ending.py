@@ -30,7 +30,7 @@ def both(observer: Agent) -> tuple[psutil.Process, psutil.Process]:
 
 
 def assert_nothing_is_left(processes: tuple[psutil.Process, ...], programs: frozenset[int]) -> None:
-    wait_for("the end of both processes", lambda: not any(each.is_running() for each in processes) or None, END_S)
+    wait_for("the end of its processes", lambda: not any(each.is_running() for each in processes) or None, END_S)
     wait_for("the end of its BPF programs", lambda: not programs & loaded_programs() or None, END_S)
 
 
@@ -72,7 +72,7 @@ def test_an_agent_that_is_interrupted_while_it_starts(threaded: Service, tmp_pat
             os.killpg(observer.pid, signal.SIGINT)
             # 130 while Python imports, then the agent ends in good order. Python itself, as it starts, knows neither.
             assert observer.ended(END_S) in {0, 130, -signal.SIGINT}, observer.said()
-            assert not programs & loaded_programs()
+            assert_nothing_is_left((), programs)
 
 
 def test_a_closed_pipe_ends_trace_without_a_word(threaded: Service, tmp_path: Path) -> None:
