@@ -53,6 +53,7 @@ _HEADER_NAME: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}")
 _HOST_NAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?")
 _SYMBOL: Final = re.compile(r"[A-Za-z_.$][A-Za-z0-9_.$@]{0,255}")
 _USDT: Final = re.compile(r"[A-Za-z0-9_]{1,64}:[A-Za-z0-9_]{1,64}")
+_CONTAINER: Final = re.compile(r"(?:[a-z][a-z0-9.-]{0,31}://)?([0-9a-f]{12,64})")
 _MAX_ARGUMENT: Final = 6
 """A function's arguments beyond the sixth are not in registers; USDT probes count the same way."""
 AUTO: Final = "auto"
@@ -90,6 +91,7 @@ class Match(msgspec.Struct, frozen=True):
     exe: tuple[str, ...] = ()
     cmdline: tuple[str, ...] = ()
     cgroup: tuple[str, ...] = ()
+    container: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Return the conditions as the user would write them, such as `port 8000 and exe uvicorn`."""
@@ -255,6 +257,7 @@ def from_options(
     exe: Sequence[str] = (),
     cgroup: Sequence[str] = (),
     cmdline: Sequence[str] = (),
+    container: Sequence[str] = (),
     service: str | None = None,
     listen: str | None = None,
 ) -> Config:
@@ -262,10 +265,12 @@ def from_options(
 
     Without `service` its name is made from the first condition, such as `port-8000`. Raises `ConfigError`.
     """
-    match = Match(tuple(pid), tuple(port), tuple(exe), tuple(cmdline), tuple(cgroup))
+    containers = tuple(map(parse_container, container))
+    match = Match(tuple(pid), tuple(port), tuple(exe), tuple(cmdline), tuple(cgroup), containers)
     if match == Match():
         raise ConfigError(
-            "no target is named", "name one with --port, --pid, --exe, --cmdline or --cgroup, or give --config FILE"
+            "no target is named",
+            "name one with --port, --pid, --exe, --cmdline, --cgroup or --container, or give --config FILE",
         )
     for number in match.pid:
         _check(1 <= number <= MAX_PID, f"pid {number} is out of range", f"give a process id from 1 to {MAX_PID}")
@@ -277,6 +282,17 @@ def from_options(
         raise ConfigError(f"{service!r} is not a service name", _SERVICE_NAME_RULE)
     address = Address() if listen is None else parse_address(listen)
     return Config(listen=address, services=(Service(service or _name_for(match), match),))
+
+
+def parse_container(text: str) -> str:
+    """Parse a container's id, or how it begins, with or without the runtime's name before it. Raises `ConfigError`."""
+    found = _CONTAINER.fullmatch(text)
+    if found is None:
+        raise ConfigError(
+            f"{shown(text)} is not the id of a container",
+            "write 12 to 64 of its hex digits, as `crictl ps` and `docker ps` print them",
+        )
+    return found[1]
 
 
 def parse_address(text: str) -> Address:
@@ -314,6 +330,8 @@ def _name_for(match: Match) -> str:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", text.rstrip("/").rpartition("/")[2]).lstrip("._-")[:63]
         if name:
             return name
+    if match.container:
+        return f"container-{match.container[0][:12]}"
     return f"port-{match.port[0]}" if match.port else f"pid-{match.pid[0]}" if match.pid else "service"
 
 
@@ -405,7 +423,16 @@ def _match(value: Value) -> Match:
         exe=texts("exe"),
         cmdline=texts("cmdline"),
         cgroup=texts("cgroup"),
+        container=keys["container"].one_or_more(_container) if "container" in keys else (),
     )
+
+
+def _container(value: Value) -> str:
+    text = value.literal()  # YAML takes hex digits that are none but 0 to 9 for a number
+    try:
+        return parse_container(text)
+    except ConfigError as error:
+        value.fail(error.what, error.next_step)
 
 
 def _labels(value: Value) -> dict[str, HeaderLabel]:

@@ -12,6 +12,7 @@ cmdline  the arguments, joined by spaces, contain the text. The agent itself, wh
          Footlight agents do not count: their arguments name the target without being it.
 cgroup   the process is in the cgroup or below it, whole path components, version 1 or 2; the path may begin with
          where the hierarchy is mounted.
+container  the process is in the container whose id begins so: the runtime names a cgroup by the 64 hex digits.
 
 A process that once held a port of its rule stays with its service until it ends or executes another program: a worker
 that shuts down gracefully closes the listening socket first and still has responses to finish. Ports that no rule names
@@ -24,6 +25,7 @@ API server holds no port. It stays when its parent ends. Its own ports count onl
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -46,6 +48,7 @@ _YOUNG_SCANS: Final = 4
 _REFRESH_SCANS: Final = 30
 """Every process is read anew once in so many scans, for what the cheap test (the executable) does not show."""
 _CGROUP_MOUNT: Final = "/sys/fs/cgroup/"
+_CONTAINER_ID: Final = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 
 
 class Match(Protocol):
@@ -61,6 +64,8 @@ class Match(Protocol):
     def cmdline(self) -> tuple[str, ...]: ...  # noqa: D102 - as above
     @property
     def cgroup(self) -> tuple[str, ...]: ...  # noqa: D102 - as above
+    @property
+    def container(self) -> tuple[str, ...]: ...  # noqa: D102 - as above
 
 
 class Service(Protocol):
@@ -270,7 +275,9 @@ class Discovery:
             return False
         if rule.cmdline and (pid in self._namers or not rule.is_cmdline(process.arguments)):
             return False
-        return not rule.cgroup or rule.is_cgroup(self._fs.cgroups(pid))
+        if rule.cgroup and not rule.is_cgroup(self._fs.cgroups(pid)):
+            return False
+        return not rule.container or rule.is_container(self._fs.cgroups(pid))
 
     def _descends(self, pid: int, parent: int, wanted: frozenset[int]) -> bool:
         for _ in range(64):  # deeper trees are cut: a pid that is reused during the walk could make it a circle
@@ -356,13 +363,15 @@ class Discovery:
             hints.append("`ps -eo pid,args` shows the arguments that are searched.")
         if any(rule.cgroup for rule in rules):
             hints.append("`systemd-cgls` or /proc/PID/cgroup shows the paths.")
+        if any(rule.container for rule in rules):
+            hints.append("`crictl ps` or `docker ps` shows the ids of containers that run.")
         return hints
 
 
 class _Rule:
     """The conditions of a service, made ready for many comparisons."""
 
-    __slots__ = ("cgroup", "cmdline", "exe", "exe_names", "exe_paths", "pid", "port")
+    __slots__ = ("cgroup", "cmdline", "container", "exe", "exe_names", "exe_paths", "pid", "port")
 
     def __init__(self, match: Match) -> None:
         self.pid: Final = frozenset(match.pid)
@@ -373,6 +382,7 @@ class _Rule:
         self.exe_names: Final = frozenset(text for text in match.exe if "/" not in text)
         self.cmdline: Final = match.cmdline
         self.cgroup: Final = tuple(path for text in match.cgroup for path in _cgroup_paths(text))
+        self.container: Final = match.container
 
     def is_exe(self, exe: str | None) -> bool:
         return exe is not None and (exe in self.exe_paths or _file_name(exe) in self.exe_names)
@@ -383,6 +393,9 @@ class _Rule:
 
     def is_cgroup(self, paths: tuple[str, ...]) -> bool:
         return any(path == wanted or path.startswith(wanted + "/") for path in paths for wanted in self.cgroup)
+
+    def is_container(self, paths: tuple[str, ...]) -> bool:
+        return any(identity.startswith(self.container) for path in paths for identity in _CONTAINER_ID.findall(path))
 
     def wants(self, ports: Iterable[int]) -> bool:
         """Whether one of these listening ports can make a difference."""

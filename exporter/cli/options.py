@@ -20,7 +20,7 @@ from probes.errors import ConfigError
 if TYPE_CHECKING:
     from exporter.web_config import WebConfig
 
-TARGET_OPTIONS: Final = ("--port", "--pid", "--exe", "--cmdline", "--cgroup")
+TARGET_OPTIONS: Final = ("--port", "--pid", "--exe", "--cmdline", "--cgroup", "--container")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,7 @@ def agent_options(*, serves: bool, level: int) -> Callable[[Callable[..., int]],
             exe: tuple[str, ...],
             cmdline: tuple[str, ...],
             cgroup: tuple[str, ...],
+            container: tuple[str, ...],
             service: str | None,
             listen: str | None,
             web_config: Path | None,
@@ -71,7 +72,7 @@ def agent_options(*, serves: bool, level: int) -> Callable[[Callable[..., int]],
             **own: Any,  # noqa: ANN401 - the command's own options
         ) -> int:
             set_up_log(logging.DEBUG if verbose > 1 else logging.INFO if verbose else level)
-            given = any((port, pid, exe, cmdline, cgroup, service))
+            given = any((port, pid, exe, cmdline, cgroup, container, service))
             if config is not None and given:
                 raise usage_error("--config and target options cannot be given together", "keep one of the two")
             serving = serves or listen is not None
@@ -82,9 +83,16 @@ def agent_options(*, serves: bool, level: int) -> Callable[[Callable[..., int]],
             if config is not None:
                 source = Source(Watch(config), functools.partial(_load, config, listen, web))
                 wanted = source.read()
-            elif any((port, pid, exe, cmdline, cgroup)):
+            elif any((port, pid, exe, cmdline, cgroup, container)):
                 wanted = from_options(
-                    pid=pid, port=port, exe=exe, cgroup=cgroup, cmdline=cmdline, service=service, listen=listen
+                    pid=pid,
+                    port=port,
+                    exe=exe,
+                    cmdline=cmdline,
+                    cgroup=cgroup,
+                    container=container,
+                    service=service,
+                    listen=listen,
                 )
                 wanted = msgspec.structs.replace(wanted, web=web)
             else:
@@ -139,6 +147,12 @@ def _with_options(command: Callable[..., int], serves: bool) -> Callable[..., in
         click.option("--exe", multiple=True, metavar="NAME", help="Processes of this executable: file name or path."),
         click.option("--cmdline", multiple=True, metavar="TEXT", help="Processes whose arguments contain the text."),
         click.option("--cgroup", multiple=True, metavar="PATH", help="Processes in this cgroup or below it."),
+        click.option(
+            "--container",
+            multiple=True,
+            metavar="ID",
+            help="Processes in this container: 12 hex digits of its id or more.",
+        ),
         click.option("--service", metavar="NAME", help="Name in the service_name label.  [default: from the target]"),
         click.option("--wait", is_flag=True, help="Wait for a target that is not there yet.  [default with --config]"),
         click.option(

@@ -195,7 +195,7 @@ def test_a_bad_config_is_named_with_its_line(tmp_path: Path) -> None:
     assert result.exit_code == 4
     assert result.stderr.splitlines() == [
         f"error: {file}:3: services[0].match: unknown key 'prot'",
-        "  try: did you mean 'port'? allowed here: pid, port, exe, cmdline, cgroup",
+        "  try: did you mean 'port'? allowed here: pid, port, exe, cmdline, cgroup, container",
     ]
 
 

@@ -343,6 +343,29 @@ def test_options_make_one_service() -> None:
 
 
 @pytest.mark.parametrize(
+    ("written", "ids"),
+    [
+        ("3f00aa3f00aa", ("3f00aa3f00aa",)),
+        ("102030405060", ("102030405060",)),  # a number to YAML
+        ("1234567890e5", ("1234567890e5",)),
+        ("docker://" + "0f" * 32, ("0f" * 32,)),
+        ("[3f00aa3f00aa, cri-o://3f00aa3f00ab]", ("3f00aa3f00aa", "3f00aa3f00ab")),
+    ],
+)
+def test_a_container_is_given_by_its_id(written: str, ids: tuple[str, ...]) -> None:
+    (service,) = parse(f"services:\n  - {{name: a, match: {{container: {written}}}}}\n").services
+    assert service.match == Match(container=ids)
+
+
+@pytest.mark.parametrize("written", ["3f00aa3f00a", "0f" * 33, "vllm", "3F00AA3F00AA", '""', "{a: b}", '"://3f00aa3f00aa"'])
+def test_what_is_no_containers_id_is_refused(written: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(f"services:\n  - {{name: a, match: {{container: {written}}}}}\n")
+    assert caught.value.line == 2
+    assert "services[0].match.container" in caught.value.what
+
+
+@pytest.mark.parametrize(
     ("options", "name"),
     [
         ({"port": [8000, 8001]}, "port-8000"),
@@ -351,6 +374,7 @@ def test_options_make_one_service() -> None:
         ({"cmdline": ["uvicorn app:main --reload"]}, "uvicorn-app-main---reload"),
         ({"cmdline": ["/// "]}, "service"),
         ({"exe": ["..x"]}, "x"),
+        ({"container": ["containerd://" + "0f" * 32]}, "container-0f0f0f0f0f0f"),
     ],
 )
 def test_a_service_is_named_after_its_first_condition(options: dict[str, list[str]], name: str) -> None:

@@ -370,6 +370,28 @@ def test_parents_in_a_circle_end(proc: FakeProc) -> None:
     assert discovery(proc, {}, Match(pid=(107,))).scan().processes == {107: 0}
 
 
+ID = "3f" * 31 + "07"
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "wanted", "matches"),
+    [
+        (f"0::/system.slice/docker-{ID}.scope\n", ID, True),
+        (f"0::/system.slice/docker-{ID}.scope\n", ID[:12], True),
+        (f"0::/system.slice/docker-{ID}.scope\n", ID[1:13], False),
+        (f"0::/kubepods.slice/kubepods-pod1.slice/cri-containerd-{ID}.scope/worker\n", ID[:12], True),
+        (f"4:memory:/docker/{ID}\n0::/\n", ID[:20], True),
+        (f"0::/docker/{'a' * 64}/docker/{ID}\n", ID, True),
+        (f"0::/docker/{ID}{ID}\n", ID[:12], False),
+        (f"0::/docker/{ID[:32]}\n", ID[:12], False),
+        ("0::/\n", ID[:12], False),
+    ],
+)
+def test_a_container_is_known_by_how_its_id_begins(proc: FakeProc, cgroup: str, wanted: str, matches: bool) -> None:
+    proc.add(101, "/usr/bin/vllm", cgroup=cgroup)
+    assert discovery(proc, {}, Match(container=(wanted,))).scan().processes == ({101: 0} if matches else {})
+
+
 @pytest.mark.parametrize(
     ("cgroup", "wanted", "matches"),
     [
@@ -456,6 +478,7 @@ def test_steady_state_reads_one_link_a_process(proc: FakeProc, monkeypatch: pyte
         (Match(port=(8001,)), "no process matches port 8001", "TCP ports that are listened on: 8000."),
         (Match(exe=("uvicorn",)), "no process matches exe uvicorn", "executables that run: python3.11; a script is"),
         (Match(pid=(997,)), "no process matches pid 997", "ps -ef"),
+        (Match(container=(ID[:12],)), f"matches container {ID[:12]}", "crictl ps"),
         (Match(cmdline=("x y",), cgroup=("/c",)), "matches cmdline x y and cgroup /c", "ps -eo pid,args"),
     ],
 )
