@@ -41,6 +41,8 @@ from tests.kernel.conftest import PATIENCE_S, netns, reset
 from tests.kernel.workloads.wire import LEFT, RIGHT, Wire, payload_of
 
 SOCKETS = Path(__file__).parent / "workloads" / "sockets.py"
+TCP_CLOSE = b"\x07"
+"""The state of a connection that was reset, in the first byte of TCP_INFO."""
 HOSTS = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
 RETRANSMIT, RESET_SENT, RESET_RECEIVED, CONNECTED, SEND_STALL = range(1, 6)
 TOO_MUCH_BYTES = 40 << 20
@@ -710,6 +712,8 @@ def test_bytes_that_come_after_the_close_are_reset_by_the_kernel(
             target("close", "one")
             assert client.recv(1) == b""
             client.sendall(b"late")
+            # a client that closes before the reset has come ends the connection itself, and is sent another one
+            tcp.until(lambda end=client: end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == TCP_CLOSE, "it came")
             tcp.until_counted("resets_sent", len(clients))
     events = tcp.events(len(clients))
     assert [int(event["peer_port"]) for event in events] == clients
