@@ -51,6 +51,14 @@ class ProcFs:
         """Name, state, parent and start of a process."""
         return parse_stat(self._read(f"{pid}/stat", 4096))
 
+    def tgid(self, tid: int) -> int | None:
+        """The process that a thread is of."""
+        for line in self._read(f"{tid}/status", 4096).splitlines():
+            name, _, value = line.partition(b":")
+            if name == b"Tgid" and value.strip().isdigit():
+                return int(value)
+        return None
+
     def cmdline(self, pid: int) -> tuple[str, ...]:
         """The arguments, program name first; the first 64 KiB of them."""
         raw = self._read(f"{pid}/cmdline", 65536)

@@ -25,8 +25,8 @@ _READER: Final = "reader's privileges"
 def check(config: Path | None, as_json: bool) -> int:
     """Say what this host can do, what each process of the agent may do, and what to mend.
 
-    Changes nothing. Asks the engines that a configuration names for their metrics, once. Exits with 0 when the agent
-    can run here, 3 when not, 4 when the configuration is wrong.
+    Changes nothing. Counts the host's context switches for two seconds, and asks the engines that a configuration names
+    for their metrics, once. Exits with 0 when the agent can run here, 3 when not, 4 when the configuration is wrong.
 
     \b
     Examples:
@@ -35,7 +35,10 @@ def check(config: Path | None, as_json: bool) -> int:
     """
     from exporter.cli import findings
 
-    checks = [*host.examine().checks, reader_check()]
+    report = host.examine()
+    checks = [*report.checks, reader_check()]
+    if report.able:
+        checks.append(findings.switches_check())
     error: ConfigError | None = None
     wanted: Config | None = None
     if config is not None:

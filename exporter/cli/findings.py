@@ -1,4 +1,4 @@
-"""What `check` finds beside the host: GPUs' device files, uprobes for CUDA, probe points, the engines' own metrics."""
+"""What `check` finds beside the host: threads that the kernel hides, GPUs, uprobes, probe points, engines' metrics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from exporter.config import AUTO, OFF, ON, Config, GpuConfig, ProbePoint, Probes
 from exporter.labels import safe
-from probes import libbpf, privileges
+from probes import libbpf, privileges, switches
 from probes.devices import DeviceFile, find_devices
 from probes.elf import ElfError, find_functions, find_usdt_probes
 from probes.engine_metrics import Endpoint, EndpointReport, EngineSource
@@ -29,11 +29,15 @@ from probes.errors import FootlightError
 from probes.gpu_report import GpuReport
 from probes.host import Check
 from probes.nvml import NvmlSource
+from probes.procfs import ProcFs
+from probes.switches import Switches
 
 ENGINE_TIMEOUT_S: Final = 2.0
 PATIENCE_S: Final = 30.0
 """After this time whoever looks without privileges is ended."""
 UPROBES: Final = Path("/sys/bus/event_source/devices/uprobe/type")
+SWITCHES_S: Final = 2.0
+"""How long switches are looked at. A quiet host makes some fifty a second."""
 _ANSWER_BYTES: Final = 1 << 20
 _PATHS_SHOWN: Final = 4
 
@@ -60,6 +64,28 @@ def examine(config: Config | None) -> list[Check]:
     if asked:
         found += as_nobody(lambda: engine_checks(asked), "engine metrics")
     return found
+
+
+def switches_check(observe: Callable[[float], Switches] | None = None) -> Check:
+    """Whether the kernel tells its tracepoints everything; looks for `SWITCHES_S`. A probe can be attached here."""
+    name = "hidden threads"
+    proc = ProcFs()
+    try:
+        found = (observe or switches.observe)(SWITCHES_S)
+    except FootlightError as error:
+        return Check(name, False, False, error.what, error.next_step)
+    if not found.left_out:
+        return Check(name, True, False, f"none: all {found.counted} switches of {SWITCHES_S:g} s were told")
+    owners = sorted({tgid for tid in found.silent if (tgid := proc.tgid(tid)) is not None})
+    names = [f"{safe(stat.comm)} ({tgid})" for tgid in owners if (stat := proc.stat(tgid)) is not None]
+    return Check(
+        name,
+        False,
+        False,
+        f"this kernel kept {found.left_out} of {found.counted} switches in {SWITCHES_S:g} s from its tracepoints"
+        + (f", while threads of {', '.join(names)} ran" if names else ""),
+        "another kernel: here an event that falls into such a moment is not seen, a packet's or a switch of a service",
+    )
 
 
 def gpu_check(report: GpuReport, wanted: bool) -> Check:

@@ -17,8 +17,6 @@ from tests.e2e.client import Answer, Ask, talk
 from tests.e2e.perfetto import ask
 from tests.e2e.processes import Service, wait_for
 
-# There are kernels that leave out switches of a busy host, the last of a thread without a sign: `Watched.disturbed`.
-pytestmark = pytest.mark.flaky(reruns=2)
 REQUESTS = 23
 ASK = Ask(script={"frames": 11, "first_ms": 30, "gap_ms": 5})
 ROOT_CAUSE = "sleep"  # the service sleeps before its first token, and says so to the kernel

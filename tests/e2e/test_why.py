@@ -27,8 +27,6 @@ from tests.e2e.test_unreadable_checkout import hidden, python
 
 __all__ = ["hidden", "python"]  # fixtures
 
-# There are kernels that leave out switches of a busy host, the last of a thread without a sign: `Watched.disturbed`.
-pytestmark = pytest.mark.flaky(reruns=2)
 CAUSES = {
     *("on_cpu", "run_queue", "cpu_quota", "lock", "disk", "memory"),
     *("network", "upstream", "gpu", "sleep", "stopped", "unexplained"),

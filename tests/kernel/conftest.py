@@ -380,11 +380,19 @@ class Recorded(Watch):
 
     def until_closed(self, count: int = 1) -> None:
         """Drain until `count` connections were opened and all are closed."""
-        self.until(
-            self.recorder,
-            lambda: len(self.recorder.connections) >= count and self.recorder.all_closed,
-            f"{count} connections closed",
-        )
+        try:
+            self.until(
+                self.recorder,
+                lambda: len(self.recorder.connections) >= count and self.recorder.all_closed,
+                f"{count} connections closed",
+            )
+        except AssertionError as error:
+            for seen in self.recorder.connections.values():
+                states = ", ".join(f"{state.old}->{state.new}" for state in seen.states)
+                error.add_note(f"born {seen.born}, states {states or 'none'}, {len(seen.segments)} segments")
+            strangers = len(self.recorder.strangers)
+            error.add_note(f"{len(self.recorder.connections)} opened, {strangers} strangers, {self.reasons()}")
+            raise
         assert len(self.recorder.connections) == count
         assert not self.recorder.strangers
 

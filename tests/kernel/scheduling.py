@@ -134,8 +134,7 @@ class Watched:
     def disturbed(self, facts: Mapping[str, Any]) -> bool:
         """Whether a switch or a waking was not seen: the probe noticed, or the kernel counted more in `facts["left"]`.
 
-        There are kernels that do not trace every switch: on the machine where this was written those away from one
-        of its system's own threads are missing, up to one in a hundred, and ftrace does not have them either.
+        There are kernels that do not trace every switch, see `probes.switches`: those away from hidden threads.
         """
         every = self.records("intervals")
         known = set(every["tid"][(every["sequence"] == 1) & ((every["flags"] & FIRST) == 0)])

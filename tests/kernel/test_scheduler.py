@@ -42,8 +42,6 @@ from tests.kernel.scheduling import (
 
 __all__ = ["scheduler", "watch"]  # fixtures
 
-# There are kernels that leave out switches of a busy host, the last of a thread without a sign: `Watched.disturbed`.
-pytestmark = pytest.mark.flaky(reruns=2)
 OBJECT = OBJECTS / "scheduler.bpf.o"
 LAST_CPU = max(os.sched_getaffinity(0))
 

@@ -34,9 +34,6 @@ from tests.kernel.test_scheduler_messages import client_ports, ends, serve
 
 __all__ = ["watch"]  # a fixture
 
-# There are kernels that leave out switches of a busy host, the last of a thread without a sign: `Watched.disturbed`.
-pytestmark = pytest.mark.flaky(reruns=2)
-
 
 @pytest.fixture(scope="module")
 def scheduler(shared_probe: Probe, transport: Transport) -> Iterator[Watched]:

@@ -30,9 +30,6 @@ from tests.kernel.scheduling import (
 
 __all__ = ["scheduler", "watch"]  # fixtures
 
-# There are kernels that leave out switches of a busy host, the last of a thread without a sign: `Watched.disturbed`.
-pytestmark = pytest.mark.flaky(reruns=2)
-
 
 def client_ports(watch: Watched) -> bytes:
     """Which local ports the probe takes for those of connections that services opened."""

@@ -15,7 +15,6 @@ from tests.kernel.conftest import Probe
 from tests.kernel.scheduling import FIRST, Watched, Workload, until
 
 # As in test_scheduler.py: there are kernels that leave out switches.
-pytestmark = pytest.mark.flaky(reruns=2)
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,7 @@ from exporter.slis import Row
 from exporter.status import AgentStatus, Loss, ProbeStatus, ProcessUsage, TargetStatus
 from probes.errors import ConfigError, HostError, TargetError
 from probes.host import Check, HostReport
+from probes.switches import Switches
 from tests.unit.finished import TOLD, later
 
 S = 1_000_000_000
@@ -291,6 +292,7 @@ def findings(monkeypatch: pytest.MonkeyPatch) -> list[Check]:
     found: list[Check] = [Check("kernel", True, True, "Linux 7.7")]
     monkeypatch.setattr("probes.host.examine", lambda: host(*found))
     monkeypatch.setattr("probes.privileges.drop_to_nobody", lambda _: "nobody, nothing")
+    monkeypatch.setattr("probes.switches.observe", lambda _: Switches(99, 0, ()))
     return found
 
 
@@ -301,6 +303,7 @@ def test_check_of_an_able_host(findings: list[Check]) -> None:
     assert "ok   kernel               Linux 7.7" in result.stdout
     assert "note ring buffer          not usable\n                           try: nothing" in result.stdout
     assert "ok   reader's privileges  nobody, nothing" in result.stdout
+    assert "ok   hidden threads       none: all 99 switches of 2 s were told" in result.stdout
     assert result.stdout.endswith("This host can run Footlight.\n")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from probes.devices import DeviceFile
 from probes.errors import HostError
 from probes.gpu_report import Gpu, GpuReport
 from probes.host import Check
+from probes.switches import Switches
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "engines"
 
@@ -233,3 +235,35 @@ def test_a_child_that_dies_or_hangs_is_a_finding() -> None:
     for look in (die, hang):
         (found,) = findings.as_nobody(look, "engine metrics", patience_s=0.05)
         assert (found.name, found.ok, found.required) == ("engine metrics", False, False)
+
+
+# ---- threads that the kernel hides from its tracepoints ----
+
+
+def test_all_switches_were_told() -> None:
+    found = findings.switches_check(lambda _: Switches(314, 0, ()))
+    assert found == Check("hidden threads", True, False, "none: all 314 switches of 2 s were told")
+
+
+def test_hidden_threads_are_told_by_their_process() -> None:
+    hidden = (threading.get_native_id(), 2**22 + 1)  # no tid is that large
+    found = findings.switches_check(lambda _: Switches(314, 15, hidden))
+    name = Path("/proc/self/comm").read_text().strip()
+    assert (found.ok, found.required) == (False, False)
+    assert found.detail.startswith("this kernel kept 15 of 314 switches in 2 s from its tracepoints, ")
+    assert found.detail.endswith(f", while threads of {name} ({os.getpid()}) ran")
+    assert found.next_step
+
+
+def test_hidden_threads_that_are_not_known() -> None:
+    found = findings.switches_check(lambda _: Switches(314, 1, ()))
+    assert found.detail == "this kernel kept 1 of 314 switches in 2 s from its tracepoints"
+
+
+def test_switches_that_cannot_be_counted() -> None:
+    def refused(_: float) -> Switches:
+        raise HostError("no BPF here", "boot another kernel")
+
+    assert findings.switches_check(refused) == Check(
+        "hidden threads", False, False, "no BPF here", "boot another kernel"
+    )
