@@ -257,7 +257,7 @@ enum count {
 	CNT_CAPPED_CALLS, /* a call moved more than CALL_CAP_BYTES; the rest was not copied */
 	CNT_UNSEEN_BYTES_CALLS, /* sendfile, splice, MSG_TRUNC: the bytes never were in the memory of the service */
 	CNT_UNFOLLOWED_IO, /* the stream moved on without a call that is followed: io_uring, or another process */
-	CNT_STALE_CONNECTION, /* a socket's memory was reused before its end was seen; a new connection was begun */
+	CNT_STALE_CONNECTION, /* its socket's memory is another's by now; its end was not seen, and is told then */
 	/* scheduler */
 	CNT_SEEN_INTERVALS,
 	CNT_SEEN_MESSAGES,

@@ -10,8 +10,8 @@
  * buffer, until the call returns; then the bytes that really moved are copied. At that moment the buffer was used by
  * the kernel a moment ago, so its pages are there. A connection is its `struct sock` from SYN_RECV to CLOSE. That two
  * connections are never mixed is shown three times: the entry is deleted at TCP_CLOSE; an entry whose peer is not
- * the socket's is replaced (CNT_STALE_CONNECTION); and every record carries its TCP position, so a stretch that does not
- * continue the one before is seen here (CNT_UNFOLLOWED_IO) and by the decoders.
+ * the socket's is told to have ended, and replaced (CNT_STALE_CONNECTION); and every record carries its TCP position, so
+ * a stretch that does not continue the one before is seen here (CNT_UNFOLLOWED_IO) and by the decoders.
  *
  * Not measured: connections that a target opens itself; bytes moved by io_uring, by 32-bit processes or by processes
  * that are no targets (counted as CNT_UNFOLLOWED_IO when the stream moves on); the content of sendfile and splice; what
@@ -145,8 +145,8 @@ static __always_inline u32 read_position(const struct tcp_sock *tcp)
 }
 
 /*
- * Begins to follow `sk`. `born` means that this is its first instant, so that not even one byte was missed.
- * NULL when the table is full, which is counted.
+ * Begins to follow `sk`. `born` means that nobody can have read or written a byte before: it is just made, or accepted,
+ * or has not been accepted yet. NULL when the table is full, which is counted.
  */
 static __noinline struct connection *open_connection(void *ctx, struct sock *sk, u32 service, bool born)
 {
@@ -172,7 +172,7 @@ static __noinline struct connection *open_connection(void *ctx, struct sock *sk,
 	event = event_of(&fresh, EVENT_OPENED, false);
 	event.position = fresh.rx_next;
 	event.tx_position = fresh.tx_next;
-	event.born = born;
+	event.born = born || !BPF_CORE_READ(sk, sk_socket);
 	event.local_port = BPF_CORE_READ(sk, __sk_common.skc_num);
 	event.peer_port = bpf_ntohs(BPF_CORE_READ(sk, __sk_common.skc_dport));
 	event.family = BPF_CORE_READ(sk, __sk_common.skc_family);
@@ -184,8 +184,22 @@ static __noinline struct connection *open_connection(void *ctx, struct sock *sk,
 	return bpf_map_lookup_elem(&connections, &key);
 }
 
-/* The connection of `sk` as it is now, or NULL. Forgets an entry that belongs to an earlier life of the memory. */
-static __always_inline struct connection *known_connection(const struct sock *sk)
+/*
+ * Tells that a connection ended a while ago, which was not seen: it comes from no state that user space knows it in. Not
+ * inlined: hardly ever needed, and every program has it.
+ */
+static __noinline void tell_end(void *ctx, const struct connection *connection)
+{
+	struct connection_event event = event_of(connection, EVENT_STATE, false);
+
+	event.position = connection->rx_next;
+	event.tx_position = connection->tx_next;
+	event.new_state = TCP_CLOSE;
+	send_event(ctx, &event);
+}
+
+/* The connection of `sk` as it is now, or NULL. Ends an entry that belongs to an earlier life of the memory. */
+static __always_inline struct connection *known_connection(void *ctx, const struct sock *sk)
 {
 	u64 key = (u64)sk;
 	struct connection *connection = bpf_map_lookup_elem(&connections, &key);
@@ -193,20 +207,24 @@ static __always_inline struct connection *known_connection(const struct sock *sk
 	if (!connection || connection->peer == peer_of(sk))
 		return connection;
 	count(CNT_STALE_CONNECTION);
+	tell_end(ctx, connection);
 	bpf_map_delete_elem(&connections, &key);
 	return NULL;
 }
 
-/* The connection of `sk`; begins to follow it in mid-life when its port is a service's. NULL: not ours. */
-static __always_inline struct connection *connection_of(void *ctx, struct sock *sk)
+/*
+ * The connection of `sk`; begins to follow it in mid-life when its port is a service's, from its first byte where it is
+ * `born`. NULL: not ours.
+ */
+static __always_inline struct connection *connection_of(void *ctx, struct sock *sk, bool born)
 {
-	struct connection *connection = known_connection(sk);
+	struct connection *connection = known_connection(ctx, sk);
 	u32 *service;
 
 	if (connection)
 		return connection;
 	service = service_of_socket(sk);
-	return service ? open_connection(ctx, sk, *service, false) : NULL;
+	return service ? open_connection(ctx, sk, *service, born) : NULL;
 }
 
 /* The TCP socket behind a descriptor of the running task, or NULL for anything else. */
@@ -478,7 +496,7 @@ static __always_inline int enter(void *ctx, u64 descriptor, u64 data, u64 segmen
 	if (!service)
 		return 0;
 	sk = socket_of_descriptor(descriptor);
-	if (!sk || !connection_of(ctx, sk))
+	if (!sk || !connection_of(ctx, sk, false))
 		return 0;
 	call.data = data;
 	call.start_ns = bpf_ktime_get_ns();
@@ -516,7 +534,7 @@ static __always_inline int leave(struct exit_context *ctx, bool write)
 	bpf_map_delete_elem(&calls, &who);
 	if (ctx->ret <= 0)
 		return 0;
-	connection = known_connection((struct sock *)job->call.sk);
+	connection = known_connection(ctx, (struct sock *)job->call.sk);
 	if (!connection)
 		return 0; /* it reached TCP_CLOSE meanwhile, which user space was told */
 	tcp = (const struct tcp_sock *)job->call.sk;
@@ -729,7 +747,7 @@ static __always_inline int accepted(struct exit_context *ctx)
 	if (!service || ctx->ret < 0)
 		return 0;
 	sk = socket_of_descriptor(ctx->ret);
-	connection = sk ? connection_of(ctx, sk) : NULL;
+	connection = sk ? connection_of(ctx, sk, true) : NULL;
 	if (!connection)
 		return 0;
 	connection->service = *service;
@@ -766,7 +784,7 @@ int BPF_PROG(segment_arrived, struct sock *sk, const struct sk_buff *skb)
 	header_bytes = (header.doff_reserved >> 4) * 4;
 	if (size <= header_bytes)
 		return 0; /* an acknowledgement, no data */
-	connection = connection_of(ctx, sk);
+	connection = connection_of(ctx, sk, false);
 	if (!connection)
 		return 0;
 	event = event_of(connection, EVENT_SEGMENT, false);
@@ -788,17 +806,19 @@ static __always_inline int tell_state(void *ctx, struct sock *sk, u32 old_state,
 		service = service_of_socket(sk);
 		if (!service)
 			return 0;
-		connection = known_connection(sk);
+		connection = known_connection(ctx, sk);
 		if (connection && connection->state == TCP_ESTABLISHED && connection->rx_next == read_position(tcp) &&
 		    connection->tx_next == BPF_CORE_READ(tcp, write_seq))
 			return 0;
+		if (connection)
+			tell_end(ctx, connection);
 		bpf_map_delete_elem(&connections, &key);
 		connection = open_connection(ctx, sk, *service, true);
 		if (connection)
 			connection->state = new_state;
 		return 0;
 	}
-	connection = known_connection(sk);
+	connection = known_connection(ctx, sk);
 	if (!connection || connection->state == (u32)new_state)
 		return 0;
 	connection->state = new_state;
@@ -839,7 +859,7 @@ int BPF_PROG(state_changed_again, struct sock *sk, int old_state, int new_state)
 SEC("tp_btf/tcp_receive_reset")
 int BPF_PROG(reset_received, struct sock *sk)
 {
-	struct connection *connection = known_connection(sk);
+	struct connection *connection = known_connection(ctx, sk);
 	struct connection_event event;
 
 	if (!connection)

@@ -307,6 +307,57 @@ def test_attached_while_the_service_waits_in_its_read(transport: Transport, serv
         assert watch.reasons() == {Count.UNFOLLOWED_IO: 1}
 
 
+@pytest.mark.parametrize(("sends", "capture"), [("before", Capture.arrival_unseen), ("after", Capture.complete)])
+def test_a_connection_that_nobody_had_accepted_yet_is_followed_from_its_first_byte(
+    followed: Followed, serve: StartServer, sends: str, capture: Capture
+) -> None:
+    """Its first read need not look like a request: here it is one byte."""
+    server = serve(["request", "recvfrom", 1], ["write", "sendto", texts(answer(7))], wait=True)
+    with server.connect() as client:
+        if sends == "before":
+            client.sendall(request("owl"))
+        followed.follow(server)
+        if sends == "after":
+            client.sendall(request("owl"))
+        server.go()
+        assert receive_all(client) == ANSWER
+    server.done()
+    (done,) = followed.until_done()
+    assert (done.model, done.frames, done.capture) == ("owl", 7, capture)
+    assert followed.requests.captured == [capture]
+    assert followed.reasons() == {}
+
+
+def forget_who_it_is(followed: Followed) -> None:
+    """Make the kernel's entry of a connection one of an earlier life of the socket's memory: of another peer."""
+    connections = followed.probe.raw.map("connections")
+    ((key, value),) = connections.items()
+    connections.update(key, value[:8] + bytes([value[8] ^ 1]) + value[9:])
+
+
+def test_an_end_that_was_not_seen_is_told_when_the_socket_is_another_connection(
+    followed: Followed, serve: StartServer
+) -> None:
+    """Nothing stays in flight for ever, and what comes next is followed as what it is: somebody else's."""
+    server = serve(["request", "recvfrom"], ["say", "got"], ["wait"], ["repeat", 2, ONE_REQUEST])
+    followed.follow(server)
+    with server.connect() as client:
+        client.sendall(request("never-seen-to-end"))
+        server.heard("got")
+        followed.drain(followed.requests)
+        assert len(list(followed.requests.in_flight())) == 1
+        forget_who_it_is(followed)
+        server.go()
+        for number in range(2):
+            client.sendall(request(f"owl-{number}"))
+            assert receive(client, len(ANSWER)) == ANSWER
+        server.done()
+    first, *others = followed.until_done(3)
+    assert (first.model, first.capture, first.frames) == ("never-seen-to-end", Capture.lost_events, 0)
+    assert [(each.model, each.frames) for each in others] == [("owl-0", 7), ("owl-1", 7)]
+    assert followed.reasons() == {Count.STALE_CONNECTION: 1}
+
+
 def test_two_probes_at_once_see_the_same(followed: Followed, transport: Transport, serve: StartServer) -> None:
     server = serve(["repeat", 5, ONE_REQUEST])
     with loaded(transport) as second:
