@@ -15,7 +15,11 @@ BPF_ARCH := $(patsubst aarch64,arm64,$(patsubst x86_64,x86,$(ARCH)))
 DEB_ARCH := $(patsubst aarch64,arm64,$(patsubst x86_64,amd64,$(ARCH)))
 CLANG ?= clang
 LLVM_STRIP ?= llvm-strip
-BPF_CFLAGS := -O2 -g -target bpf -mcpu=v3 -D__TARGET_ARCH_$(BPF_ARCH) -Wall -Wextra -Werror -Wno-unused-parameter -Ibpf -I/usr/include/$(ARCH)-linux-gnu
+BPF_FLAGS := -O2 -g -target bpf -mcpu=v3 -Wall -Wextra -Werror -Wno-unused-parameter -Ibpf
+BPF_CFLAGS := $(BPF_FLAGS) -D__TARGET_ARCH_$(BPF_ARCH) -I/usr/include/$(ARCH)-linux-gnu
+# The other machine that the probes are for: what is compiled for it is thrown away.
+OTHER_ARCH := $(if $(filter aarch64,$(ARCH)),x86_64,aarch64)
+OTHER_CFLAGS := $(BPF_FLAGS) -D__TARGET_ARCH_$(if $(filter aarch64,$(ARCH)),x86,arm64) -I/usr/$(OTHER_ARCH)-linux-gnu/include
 BPF_OBJECTS := $(patsubst bpf/%.bpf.c,probes/objects/%.bpf.o,$(wildcard bpf/*.bpf.c))
 BPF_HEADERS := $(wildcard bpf/*.h)
 NATIVE := examples/roleplay/native/libllm_kv.so
@@ -25,7 +29,8 @@ C_FILES = $(shell find bpf examples tests benchmarks '(' -name '*.c' -o -name '*
 # Debian packages, each with the command or file that shows that it is there.
 BUILD_NEEDS := clang:clang llvm:llvm-strip libbpf-dev:/usr/include/bpf/bpf_helpers.h libbpf1:/usr/lib/$(ARCH)-linux-gnu/libbpf.so.1 \
 	python3-venv:/var/lib/dpkg/info/python3-venv.list libc6-dev:/usr/include/stdio.h systemtap-sdt-dev:/usr/include/$(ARCH)-linux-gnu/sys/sdt.h
-CHECK_NEEDS := $(BUILD_NEEDS) clang-format:clang-format
+CHECK_NEEDS := $(BUILD_NEEDS) clang-format:clang-format \
+	linux-libc-dev-$(if $(filter aarch64,$(ARCH)),amd64,arm64)-cross:/usr/$(OTHER_ARCH)-linux-gnu/include/asm/ptrace.h
 TEST_NEEDS := $(BUILD_NEEDS) prometheus:promtool nodejs:node npm:npm bpftrace:bpftrace libbpf-tools:/usr/sbin/runqlat \
 	chromium:chromium prometheus-alertmanager:amtool openssl:openssl systemd:/usr/bin/systemd-analyze
 BENCH_NEEDS := $(BUILD_NEEDS) gcc:gcc bpftool:/usr/sbin/bpftool \
@@ -69,11 +74,12 @@ test: need-test $(VENV)/.footlight-dev bpf native ## all tests: unit, kernel, e2
 	@$(PY) -m pytest tests/unit tests/kernel tests/e2e $(ARGS)
 
 .PHONY: check
-check: need-check $(VENV)/.footlight-dev bpf ## ruff, mypy --strict, clang-format, C warnings as errors, generated pages fresh
+check: need-check $(VENV)/.footlight-dev bpf ## ruff, mypy --strict, clang-format, C warnings as errors (for arm64, too), generated pages fresh
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/mypy --strict probes exporter dashboards
 	@clang-format --dry-run -Werror $(C_FILES)
-	@for source in $(OTHER_BPF); do $(CLANG) $(BPF_CFLAGS) -I$$(dirname $$source) -fsyntax-only $$source; done
+	@set -e; for source in $(OTHER_BPF); do $(CLANG) $(BPF_CFLAGS) -I$$(dirname $$source) -fsyntax-only $$source; done
+	@set -e; for source in $(wildcard bpf/*.bpf.c); do $(CLANG) $(OTHER_CFLAGS) -c $$source -o /dev/null; done
 	@$(PY) -m exporter.metrics_doc --check
 	@$(PY) -m dashboards.build --check
 	@echo "all checks passed"
