@@ -84,7 +84,7 @@ def _stats(board: Board) -> None:
     )
     board.stat(
         "In flight",
-        "Requests that have arrived and are not finished.",
+        "Requests that were read and are not finished.",
         f"sum(llm_requests_in_flight{{{MODEL}}})",
         "short",
         empty=IDLE,

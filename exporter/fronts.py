@@ -402,7 +402,8 @@ class Output:
 
 def outcome(request: FinishedRequest) -> str:
     """One word for how a request ended, and how much of it was seen where that is not all."""
-    word = request.failure.value if request.failure else f"left_{request.aborted.value}" if request.aborted else "ok"
+    ended = "ok" if request.end_seen else "unknown"
+    word = request.failure.value if request.failure else f"left_{request.aborted.value}" if request.aborted else ended
     return word if request.capture is Capture.complete else f"{word} ({request.capture.value})"
 
 
@@ -411,6 +412,11 @@ def mean_gap_ns(request: FinishedRequest) -> float | None:
     if request.first_token_ns is None or request.last_token_ns is None or request.frames < 2:
         return None
     return (request.last_token_ns - request.first_token_ns) / (request.frames - 1)
+
+
+def duration_ns(request: FinishedRequest) -> int | None:
+    """From the arrival to the end; None where the end was not seen."""
+    return request.finished_ns - request.arrived_ns if request.end_seen else None
 
 
 def trace_line(request: FinishedRequest, wall_ns: int) -> str:
@@ -424,7 +430,7 @@ def trace_line(request: FinishedRequest, wall_ns: int) -> str:
     return (
         f"{at:<12}  {shortened(safe(request.service), 12):<12}  {shortened(safe(request.model or '-'), 22):<22}  "
         f"{_or_dash(request.status):>4}  {span(first_ns):>6}  {span(mean_gap_ns(request)):>6}  "
-        f"{span(request.longest_gap_ns):>6}  {tokens:>11}  {span(request.finished_ns - request.arrived_ns):>6}  "
+        f"{span(request.longest_gap_ns):>6}  {tokens:>11}  {span(duration_ns(request)):>6}  "
         f"{largest_causes(request):<26}  {outcome(request)}"
     )
 
@@ -450,6 +456,7 @@ def trace_object(request: FinishedRequest, wall_ns: int, label_names: Sequence[s
         return None if until_ns is None or since_ns is None else (until_ns - since_ns) / 1e9
 
     gap_ns = mean_gap_ns(request)
+    ended = "ok" if request.end_seen else "unknown"
     arrived_ns = None if request.capture is Capture.arrival_unseen else request.arrived_ns
     return {
         "time": rfc3339(wall_ns),
@@ -466,7 +473,7 @@ def trace_object(request: FinishedRequest, wall_ns: int, label_names: Sequence[s
         "turn": request.turn,
         "streamed": request.streamed,
         "status": request.status,
-        "outcome": request.failure.value if request.failure else "aborted" if request.aborted else "ok",
+        "outcome": request.failure.value if request.failure else "aborted" if request.aborted else ended,
         "aborted_while": request.aborted.value if request.aborted else None,
         "capture": request.capture.value,
         "read_delay_seconds": seconds(request.read_ns, arrived_ns),
@@ -476,7 +483,7 @@ def trace_object(request: FinishedRequest, wall_ns: int, label_names: Sequence[s
         else None,
         "mean_inter_token_latency_seconds": None if gap_ns is None else gap_ns / 1e9,
         "longest_gap_seconds": seconds(request.longest_gap_ns, 0),
-        "duration_seconds": seconds(request.finished_ns, request.arrived_ns),
+        "duration_seconds": seconds(duration_ns(request), 0),
         "frames": request.frames,
         "prompt_tokens": request.prompt_tokens,
         "completion_tokens": request.completion_tokens,

@@ -59,6 +59,7 @@ class Request:
         "_wasted",
         "api",
         "arrived_ns",
+        "end_seen",
         "extra",
         "first_byte_ns",
         "last_write_ns",
@@ -86,6 +87,7 @@ class Request:
         self.status: int | None = None
         self.first_byte_ns: int | None = None
         self.last_write_ns = read_ns
+        self.end_seen = True  # what ends it, or will
         self.api: Api | None = None
         self.model: str | None = None
         self.service = ""
@@ -273,14 +275,14 @@ class Request:
             elif last is None:
                 self._first_token_ns = at_ns
                 self._first_token_tid = self.writer_tid
-                series.first_token(max(0, at_ns - self.arrived_ns), at_ns)
+                series.first_token(at_ns - self.arrived_ns, at_ns)
                 if self._on_first_token is not None:
                     self._on_first_token(self)
             else:
-                gap = max(0, at_ns - last)
+                gap = at_ns - last  # below zero where two threads write at once: it is discarded, and counted
                 series.gap(gap)
                 longest = self._longest_gap_ns
-                if longest is None or gap > longest:
+                if gap >= 0 and (longest is None or gap > longest):
                     self._longest_gap_ns = gap
             self._last_token_ns = at_ns
             self._last_token_tid = self.writer_tid
@@ -369,6 +371,7 @@ class Request:
             longest_gap_ns=self._longest_gap_ns,
             failure=None if aborted else self._failure(cut_off),
             aborted=self._phase(ended_ns) if aborted else None,
+            end_seen=self.end_seen,
             capture=self._capture,
             method=self.method.decode("latin-1"),
             target=self._target,

@@ -143,7 +143,7 @@ def _llm_families(slis: Slis) -> list[Family]:
             _aborts,
         ),
         Family(
-            Spec("llm_requests_in_flight", Kind.GAUGE, "Requests that have arrived and are not finished.", labels),
+            Spec("llm_requests_in_flight", Kind.GAUGE, "Requests that were read and are not finished.", labels),
             lambda _: slis.count_in_flight().items(),
         ),
         *(_latency(slis, sli, labels) for sli in Sli),

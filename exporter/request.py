@@ -17,7 +17,7 @@ class Capture(Enum):
     arrival_unseen = "arrival_unseen"  # its bytes were first seen when the service read them
     start_unseen = "start_unseen"  # it was under way already when the agent attached
     model_unseen = "model_unseen"  # the request named no model that could be read
-    end_unseen = "end_unseen"  # the agent stopped following before the response ended
+    end_unseen = "end_unseen"  # the agent stopped following before the response ended, or was not told of its end
     undecodable = "undecodable"  # its bytes were no HTTP, SSE or JSON that a decoder accepts
     lost_events = "lost_events"  # a record of it was lost on the way from the kernel
 
@@ -71,7 +71,7 @@ class FinishedRequest:
     first_byte_ns: int | None
     first_token_ns: int | None
     last_token_ns: int | None
-    finished_ns: int
+    finished_ns: int  # where the end was not seen, the last write that was
     frames: int  # frames with content
     prompt_tokens: int | None
     completion_tokens: int | None
@@ -80,6 +80,7 @@ class FinishedRequest:
     longest_gap_ns: int | None
     failure: Failure | None
     aborted: Phase | None
+    end_seen: bool  # else neither how it ended nor how long it took is known
     capture: Capture
     method: str
     target: str  # the path only; a query string may hold secrets

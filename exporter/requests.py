@@ -265,6 +265,10 @@ class Conversations:
         connection = self._connections.get(conn)
         if connection is None:
             return
+        if not old:  # told when the kernel had used the socket's memory for another connection
+            self._drop(connection)
+            self._forget(connection)
+            return
         if connection.tcp_state != old:
             for request in connection.requests:
                 request.spoil(Capture.lost_events)  # when its end began is not known
@@ -334,7 +338,7 @@ class Conversations:
         while connection.requests:
             request = connection.requests.pop(0)
             if not known:
-                self._finish(connection, request, request.last_write_ns)
+                self._lose_end(connection, request)
             elif connection.client_left_ns is not None:
                 self._finish(connection, request, connection.client_left_ns, aborted=True)
             else:
@@ -351,9 +355,7 @@ class Conversations:
         """Follow the connection no longer, although it may live on."""
         self._end_lingering(connection)
         while connection.requests:
-            request = connection.requests.pop(0)
-            request.spoil(Capture.end_unseen)
-            self._finish(connection, request, request.last_write_ns)
+            self._lose_end(connection, connection.requests.pop(0))
         self._connections.pop(connection.id, None)
 
     def _stray(
@@ -446,9 +448,7 @@ class Conversations:
             self._slis.capture(name, Capture.lost_events if lost else Capture.undecodable)
             return False
         while connection.requests:
-            request = connection.requests.pop(0)
-            request.spoil(Capture.end_unseen)
-            self._finish(connection, request, request.last_write_ns)
+            self._lose_end(connection, connection.requests.pop(0))
         connection.reading = None
         connection.rx_base = position
         connection.request_decoder = RequestDecoder(self._wanted_request)
@@ -591,7 +591,7 @@ class Conversations:
             requests.pop(0)
             request.spoil(why)
             request.end_answer()
-            self._finish(connection, request, request.last_write_ns)
+            self._lose_end(connection, request)
         elif lost_writes:  # since it was read; what was lost before is of an answer to another
             request.spoil(why)
         if len(requests) != 1 or decoder is None:
@@ -614,8 +614,10 @@ class Conversations:
             decoder.resync_chunk(decoder.offset)
         elif not connection.seeking:
             request.spoil(why)
-            # Where the response ended within the gap, its last write that was seen is the best that is known.
+            request.end_seen = False  # where the response ended within the gap
             self._take_answer(connection, decoder.skip(missing), request.last_write_ns, why)
+            if connection.requests:
+                request.end_seen = True
         return not connection.seeking and connection.tx_synced
 
     def _give_up(self, connection: Connection, why: Capture) -> None:
@@ -673,10 +675,15 @@ class Conversations:
             self._give_up(connection, why)
 
     def _turn_opaque(self, connection: Connection) -> None:
-        """The connection goes on in another protocol, such as WebSocket: nothing on it is a request any more."""
+        """The connection goes on in another protocol, such as WebSocket: nothing on it is a request any more.
+
+        It counts once, whatever it carries: nobody can tell whether that is for an LLM.
+        """
         connection.opaque = True
         connection.rx_synced = connection.tx_synced = False
         connection.reading = None
+        if all(request.api is None for request in connection.requests):
+            self._slis.capture(self._services[connection.service].name, Capture.undecodable)
         while connection.requests:
             request = connection.requests.pop(0)
             request.spoil(Capture.undecodable)
@@ -720,6 +727,12 @@ class Conversations:
                 self._finish(connection, request, connection.client_left_ns, aborted=True)
             else:
                 self._finish(connection, request, request.last_write_ns)
+
+    def _lose_end(self, connection: Connection, request: Request) -> None:
+        """It is over, or followed no longer: when and how it ended was not seen."""
+        request.end_seen = False
+        request.spoil(Capture.end_unseen)
+        self._finish(connection, request, request.last_write_ns)
 
     def _finish(
         self,

@@ -239,7 +239,7 @@ class Series:
         self._count_tokens(request, now_ns)
         self._count_lookups(request, now_ns)
         self._measure_speed(request, now_ns)
-        if request.capture is Capture.end_unseen:
+        if not request.end_seen:
             return
         self._count_outcome(request, now_ns)
         self._measure_latency(request, now_ns)

@@ -54,12 +54,15 @@ def check(config: Path | None, as_json: bool) -> int:
     for finding in checks:
         click.echo(_as_json(finding) if as_json else _as_text(finding))
     if error is not None:
-        return fail(error) if as_json else error.exit_code
-    able = all(finding.ok for finding in checks if finding.required)
+        return fail(error)
+    missing = [finding for finding in checks if finding.required and not finding.ok]
     if not as_json:
         click.echo()
-        click.echo("This host can run Footlight." if able else "This host cannot run Footlight yet: see above.")
-    return 0 if able else HostError.exit_code
+        click.echo("This host can run Footlight." if not missing else "This host cannot run Footlight yet: see above.")
+    if not missing:
+        return 0
+    names = ", ".join(finding.name for finding in missing)
+    return fail(HostError(f"this host cannot run the probes: {names}", missing[0].next_step))
 
 
 def reader_check() -> Check:

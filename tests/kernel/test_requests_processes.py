@@ -353,7 +353,7 @@ def test_an_end_that_was_not_seen_is_told_when_the_socket_is_another_connection(
             assert receive(client, len(ANSWER)) == ANSWER
         server.done()
     first, *others = followed.until_done(3)
-    assert (first.model, first.capture, first.frames) == ("never-seen-to-end", Capture.lost_events, 0)
+    assert (first.model, first.capture, first.frames) == ("never-seen-to-end", Capture.end_unseen, 0)
     assert [(each.model, each.frames) for each in others] == [("owl-0", 7), ("owl-1", 7)]
     assert followed.reasons() == {Count.STALE_CONNECTION: 1}
 

@@ -30,6 +30,7 @@ REQUEST = FinishedRequest(
     longest_gap_ns=10 * MS,
     failure=None,
     aborted=None,
+    end_seen=True,
     capture=Capture.complete,
     method="POST",
     target="/v1/chat/completions",

@@ -235,9 +235,7 @@ def test_options_reach_the_agent(
 ) -> None:
     seen: list[object] = []
 
-    def run(
-        config: Config, front: ServeFront, *, transport: str, wait_for_targets: bool, source: Source | None
-    ) -> int:
+    def run(config: Config, front: ServeFront, *, transport: str, wait_for_targets: bool, source: Source | None) -> int:
         seen.extend((config.services[0].match, type(front), front.serves, transport, wait_for_targets, source))
         return 0
 
@@ -318,6 +316,7 @@ def test_check_of_a_host_that_cannot(findings: list[Check]) -> None:
         "detail": "missing",
         "next_step": "another kernel",
     }
+    assert result.stderr == "error: this host cannot run the probes: kernel BTF\n  try: another kernel\n"
 
 
 def test_check_of_a_config(findings: list[Check], tmp_path: Path) -> None:
@@ -330,6 +329,7 @@ def test_check_of_a_config(findings: list[Check], tmp_path: Path) -> None:
     result = footlight("check", "--config", str(file))
     assert result.exit_code == 4
     assert f"{file}:2: services[0].match.port: must be a whole number" in result.stdout
+    assert result.stderr.startswith(f"error: {file}:2: services[0].match.port: must be a whole number")
 
 
 # ---- serve ----

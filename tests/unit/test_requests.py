@@ -787,7 +787,7 @@ def test_lost_frame_leaves_the_rest(scene: Scene, wire: Wire) -> None:
     request = only(scene.play(wire, dropped={first + 3, first + 4}))
     scene.series.flush(START_NS)
     assert (request.frames, request.completion_tokens, request.capture) == (9, 11, Capture.lost_events)
-    assert ms(request.finished_ns) == wire.at
+    assert (ms(request.finished_ns), request.end_seen) == (wire.at, True)
     assert request.longest_gap_ns == 11 * MS
     assert sum(scene.series.histograms[Sli.ITL].counts) == 7
     assert scene.captures == {Capture.lost_events: 1}
@@ -815,6 +815,7 @@ def test_lost_head_loses_the_answer_but_not_the_next(scene: Scene, wire: Wire) -
     stream(wire, words=2)
     lost, following = scene.play(wire, dropped={first - 2})
     assert (lost.capture, lost.frames, lost.failure, lost.aborted) == (Capture.lost_events, 0, None, None)
+    assert (lost.end_seen, following.end_seen) == (False, True)
     assert (following.model, following.frames, following.capture) == ("next", 2, Capture.complete)
 
 
@@ -843,7 +844,7 @@ def test_lost_end_is_found_at_the_next_answer(scene: Scene, wire: Wire) -> None:
     stream(wire, words=2)
     wire.client_closes()
     first, following = scene.play(wire, dropped={last - 2, last - 1, last})
-    assert (first.capture, first.frames, first.aborted) == (Capture.lost_events, 11, None)
+    assert (first.capture, first.frames, first.aborted, first.end_seen) == (Capture.lost_events, 11, None, False)
     assert (following.model, following.frames, following.capture) == ("next", 2, Capture.complete)
 
 
@@ -855,7 +856,59 @@ def test_lost_end_is_found_at_the_close(scene: Scene, wire: Wire, closes: object
     closes(wire)
     request = only(scene.play(wire, dropped={last - 3, last - 2, last - 1, last}))
     assert (request.capture, request.frames) == (Capture.lost_events, 11)
-    assert (request.aborted, request.failure) == (None, None)
+    assert (request.aborted, request.failure, request.end_seen) == (None, None, False)
+    assert scene.series.requests == 0
+    assert sum(scene.series.histograms[Sli.DURATION].counts) == 0
+
+
+def test_answer_that_was_lost_whole_has_no_duration(scene: Scene, wire: Wire) -> None:
+    """What is known of it, its read, would make it the fastest of all."""
+    first = lost_stream(wire)
+    last = len(wire.records)
+    wire.client_closes()
+    request = only(scene.play(wire, dropped=set(range(first - 2, last))))
+    assert (request.capture, request.frames, request.end_seen) == (Capture.lost_events, 0, False)
+    assert scene.series.requests == 0
+    assert sum(scene.series.histograms[Sli.DURATION].counts) == 0
+    assert scene.captures == {Capture.lost_events: 1}
+
+
+def test_answer_that_ended_in_a_gap_has_no_duration(scene: Scene, wire: Wire) -> None:
+    whole = answer(completion(tokens=7))
+    wire.ask(post(stream=False))
+    wire.write(whole[:-31])
+    lost = len(wire.records)
+    wire.write(whole[-31:], after_ms=997)
+    wire.write(b"\r\n", after_ms=1)  # some servers do
+    request = only(scene.play(wire, dropped={lost}))
+    assert (request.capture, request.status, request.end_seen) == (Capture.lost_events, 200, False)
+    assert sum(scene.series.histograms[Sli.DURATION].counts) == 0
+
+
+def test_answer_that_goes_on_after_a_gap_has_one(scene: Scene, wire: Wire) -> None:
+    whole = answer(completion(tokens=7))
+    wire.ask(post(stream=False))
+    wire.write(whole[:-31])
+    lost = len(wire.records)
+    wire.write(whole[-31:-7], after_ms=991)
+    wire.write(whole[-7:], after_ms=6)
+    request = only(scene.play(wire, dropped={lost}))
+    assert (request.capture, request.end_seen) == (Capture.lost_events, True)
+    assert ms(request.finished_ns) == wire.at
+
+
+def test_end_that_is_told_too_late_is_no_failure_and_no_duration(scene: Scene, wire: Wire) -> None:
+    """The kernel did not say that the connection ended; that its memory was another's by then, it did."""
+    wire.ask(post())
+    wire.write(SSE_HEAD + chunk(word()))
+    wire.at += 59_000
+    wire.tcp_state = 0
+    wire.go(CLOSE)
+    request = only(scene.play(wire))
+    assert (request.frames, request.failure, request.aborted) == (1, None, None)
+    assert (request.capture, request.end_seen) == (Capture.end_unseen, False)
+    assert scene.captures == {Capture.end_unseen: 1}
+    assert not len(scene.conversations)
 
 
 def test_lost_answer_is_not_the_next_ones(scene: Scene, wire: Wire) -> None:
@@ -1116,7 +1169,33 @@ def test_web_socket_is_passed_over(scene: Scene, wire: Wire) -> None:
         wire.write(b"\x81\x07data: x")
     wire.client_closes()
     assert scene.play(wire) == []
-    assert scene.captures == {}
+    assert scene.captures == {Capture.undecodable: 1}
+
+
+def test_frames_of_two_threads_whose_order_is_not_their_instants(scene: Scene, wire: Wire) -> None:
+    """A call that began earlier may put its bytes behind those of a later one: such a gap is none."""
+    wire.ask(post())
+    wire.write(SSE_HEAD)
+    wire.write(chunk(word()), after_ms=7)
+    scene.play(wire)
+    early = START_NS + 5 * MS
+    scene.conversations.wrote(wire.conn, early, wire.tx, chunk(word()), 0, 0, 0, 0, 1, 1)
+    wire.tx += len(chunk(word()))
+    wire.write(chunk(DONE) + LAST_CHUNK, after_ms=1)
+    request = only(scene.play(wire))
+    scene.series.flush(START_NS)
+    assert (request.frames, request.longest_gap_ns) == (2, None)
+    assert sum(scene.series.histograms[Sli.ITL].counts) == 0
+    assert scene.slis.refused[Sli.ITL] == 1
+
+
+def test_a_first_token_before_its_request_is_discarded(scene: Scene, wire: Wire) -> None:
+    wire.ask(post())
+    wire.write(SSE_HEAD)
+    scene.play(wire)
+    scene.conversations.wrote(wire.conn, START_NS - MS, wire.tx, chunk(word()), 0, 0, 0, 0, 1, 1)
+    assert sum(scene.series.histograms[Sli.TTFT].counts) == 0
+    assert scene.slis.refused[Sli.TTFT] == 1
 
 
 def test_answer_that_nobody_asked_for_is_no_loss(scene: Scene, wire: Wire) -> None:

@@ -218,7 +218,7 @@ COUNTED = {
 @pytest.mark.parametrize("outcome", Capture)
 def test_what_was_not_seen_is_not_measured(slis: Slis, series: Series, outcome: Capture) -> None:
     read_ns = START_NS if outcome is Capture.arrival_unseen else REQUEST.read_ns
-    series.finished(replace(REQUEST, capture=outcome, read_ns=read_ns))
+    series.finished(replace(REQUEST, capture=outcome, read_ns=read_ns, end_seen=outcome is not Capture.end_unseen))
     latencies = (Sli.DURATION, Sli.READ_DELAY, Sli.TPOT, Sli.LONGEST_GAP)
     assert (series.requests, *(count(series, sli) for sli in latencies)) == COUNTED[outcome]
     (row,) = slis.rows()
