@@ -121,6 +121,9 @@ def rules(
     _write(output, text)
     if tests is not None:
         _write(tests, file_of_tests(natives, made, os.path.relpath(output, tests.parent)))
+        if not natives:
+            told = "has no tests: they are made for the objectives of --config, not for Sloth's"
+            click.echo(f"{tests} {told}", err=True)
     return 0
 
 
@@ -148,18 +151,9 @@ def _objectives(config: Path | None, sloth: Sequence[Path]) -> tuple[list[Native
         if not wanted.slos:
             raise ConfigError("there are no objectives", "list them under slos", str(config))
         ours = natives(wanted)
-    theirs = []
-    seen = {each.objective.id for each in ours}
-    if len(seen) < len(ours):
-        raise ConfigError("two objectives have one id, service and name joined", "rename one of them", str(config))
+    theirs: list[Objective] = []
     for path in sloth:
-        for objective in sloth_files.load(path):
-            if objective.id in seen:
-                raise ConfigError(
-                    f"there is another objective with the id {objective.id!r}", "rename one of them", str(path)
-                )
-            seen.add(objective.id)
-            theirs.append(objective)
+        theirs += sloth_files.load(path, {each.id for each in (*(native.objective for native in ours), *theirs)})
     return ours, theirs
 
 

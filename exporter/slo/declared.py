@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Final
 
@@ -25,6 +25,8 @@ SLO_METRIC: Final = re.compile(r"(kernel|gpu)_[a-z0-9_]{1,100}")
 """An objective may also be about a family of these, by its name."""
 SLO_REASONS: Final = ("client_error", "rate_limited", "server_error", "cut_off")
 """Why a request failed, by the value of its `Failure`. The first one is the client's own fault."""
+HOST: Final = "host"
+"""The service of an objective about a metric that has none, such as a GPU's temperature."""
 SLO_SHORTEST_S: Final = 3 * 86400
 """An objective's period is at least the longest window over which its burn rate is looked at."""
 _ALL_SLIS: Final = (*SLO_SLIS, SLO_ERRORS, SLO_ABORTS, SLO_CACHE, SLO_SPEED)
@@ -62,7 +64,40 @@ class Slo(msgspec.Struct, frozen=True):
 
 def read_slos(value: Value, services: AbstractSet[str]) -> tuple[Slo, ...]:
     """The objectives of a configuration that names these services. Raises `ConfigError`."""
-    return value.named(MAX_SLOS, "objective", "objectives", lambda item: _slo(item, services))
+    names: dict[str, str] = {}  # by ids
+
+    def read(item: Value) -> Slo:
+        slo = _slo(item, services)
+        for service in services_of(slo, services):
+            joined = slo_id(service, slo.name)
+            other = names.setdefault(joined, slo.name)
+            if other != slo.name:
+                item.fail(
+                    f"service and name joined are {shown(joined)}, as for {shown(other)}",
+                    "rename one of the two: rules tell objectives apart by that",
+                )
+        return slo
+
+    return value.named(MAX_SLOS, "objective", "objectives", read)
+
+
+def services_of(slo: Slo, services: Iterable[str]) -> list[str]:
+    """The services that an objective is written out for, of all that are configured, in their order."""
+    if "service_name" not in labels_of(slo):
+        return [HOST]
+    return list(services) if slo.service is None else [slo.service]
+
+
+def labels_of(slo: Slo) -> Sequence[str]:
+    """The labels of what an objective is about."""
+    if SLO_METRIC.fullmatch(slo.sli):
+        return known_metrics()[slo.sli].labels
+    return ("service_name", "model_name")
+
+
+def slo_id(service: str, name: str) -> str:
+    """What rules tell objectives apart by."""
+    return f"{service}-{name}"
 
 
 def _slo(value: Value, services: AbstractSet[str]) -> Slo:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from enum import Enum
 from typing import Final
+
+from exporter.slo.declared import slo_id
 
 WINDOW: Final = "{{.window}}"
 """Stands in a query for its window, such as `5m`; the way Sloth writes it."""
@@ -50,7 +52,9 @@ class Objective:
 
     `service` and `name` make its id. `target` is the share of good events; `window_s` its period in seconds. `absent`
     is a query that gives something while nobody can tell how the objective stands. `labels` come on all that is
-    recorded. `spec` says in which form the objective was written.
+    recorded. `spec` says in which form the objective was written. `phases` are those of a request (the label of
+    llm_latency_cause_seconds_total) in which an alert looks for the largest cause. `each` is a label of what the
+    queries give: the objective is one of each of its values, for itself. Empty, there is only one.
     """
 
     service: str
@@ -65,11 +69,13 @@ class Objective:
     labels: Mapping[str, str] = field(default_factory=dict)
     page: AlertStyle = AlertStyle()
     ticket: AlertStyle = AlertStyle()
+    phases: tuple[str, ...] = ()
+    each: str = ""
 
     @property
     def id(self) -> str:
-        """The value of `sloth_id`."""
-        return f"{self.service}-{self.name}"
+        """The value of `sloth_id`; what is recorded for `each` has its value after a colon."""
+        return slo_id(self.service, self.name)
 
     @property
     def budget(self) -> Decimal:
@@ -86,3 +92,8 @@ def quoted(text: str) -> str:
 def selector(labels: Mapping[str, str]) -> str:
     """Label matchers for exactly these values."""
     return ", ".join(f"{name}={quoted(value)}" for name, value in labels.items())
+
+
+def one_of(label: str, values: Sequence[str]) -> str:
+    """A label matcher for any of these values, which have nothing in them that a regular expression would read."""
+    return f"{label}={quoted(values[0])}" if len(values) == 1 else f"{label}=~{quoted('|'.join(values))}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Final
@@ -10,8 +10,18 @@ from typing import TYPE_CHECKING, Final
 from prometheus_client.utils import floatToGoString
 
 from exporter.labels import safe
-from exporter.slo.declared import SLO_ABORTS, SLO_CACHE, SLO_ERRORS, SLO_METRIC, SLO_REASONS, SLO_SPEED, known_metrics
-from exporter.slo.model import WINDOW, Events, Measure, Objective, quoted, selector
+from exporter.slo.declared import (
+    SLO_ABORTS,
+    SLO_CACHE,
+    SLO_ERRORS,
+    SLO_METRIC,
+    SLO_REASONS,
+    SLO_SPEED,
+    known_metrics,
+    labels_of,
+    services_of,
+)
+from exporter.slo.model import WINDOW, Events, Measure, Objective, one_of, quoted, selector
 from exporter.slo.words import sentence
 
 if TYPE_CHECKING:
@@ -19,8 +29,6 @@ if TYPE_CHECKING:
     from exporter.slo.declared import Slo
 
 ALERT: Final = "ErrorBudgetBurn"
-HOST: Final = "host"
-"""The service of an objective about a metric that has none, such as a GPU's temperature."""
 SPEC: Final = "footlight/v1"
 FEWEST: Final = 20
 """Requests in an hour from which on it is odd that an objective had no event."""
@@ -33,6 +41,15 @@ METRICS: Final = {
     SLO_SPEED: "llm_request_time_per_output_token_seconds",
 }
 """The histograms of the latencies."""
+_PHASES: Final = {
+    "ttft": ("ttft",),
+    "itl": ("decode",),
+    "tpot": ("decode",),
+    "longest_gap": ("decode",),
+    "duration": ("ttft", "decode"),
+    SLO_SPEED: ("decode",),
+}
+"""Where the time of the latencies is spent, as llm_latency_cause_seconds_total names it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,31 +109,18 @@ class Native:
 
 def natives(config: Config) -> list[Native]:
     """One objective for each service that an objective of the configuration is about, in the order of the file."""
-    found = []
-    for slo in config.slos:
-        labels = _labels_of(slo)
-        services: Iterable[str | None] = [service.name for service in config.services]
-        if "service_name" not in labels:
-            services = [None]
-        elif slo.service is not None:
-            services = [slo.service]
-        found += [_native(slo, labels, service) for service in services]
-    return found
+    services = [service.name for service in config.services]
+    return [_native(slo, service) for slo in config.slos for service in services_of(slo, services)]
 
 
-def _labels_of(slo: Slo) -> Sequence[str]:
-    if SLO_METRIC.fullmatch(slo.sli):
-        return known_metrics()[slo.sli].labels
-    return ("service_name", "model_name")
-
-
-def _native(slo: Slo, labels: Sequence[str], service: str | None) -> Native:
-    matched = {} if service is None else {"service_name": safe(service)}
+def _native(slo: Slo, service: str) -> Native:
+    labels = labels_of(slo)
+    matched = {"service_name": service} if "service_name" in labels else {}
     if slo.model_name is not None:
         matched["model_name"] = safe(slo.model_name)
     groups = tuple(label for label in ("service_name", "model_name") if label in labels)
     objective = Objective(
-        service=safe(service or HOST),
+        service=service,
         name=slo.name,
         target=Decimal(repr(slo.target)),
         window_s=slo.window_s,
@@ -125,6 +129,8 @@ def _native(slo: Slo, labels: Sequence[str], service: str | None) -> Native:
         sentence=sentence(slo),
         spec=SPEC,
         alert_name=ALERT,
+        phases=_PHASES.get(slo.sli, ()),
+        each="model_name" if "model_name" in labels and slo.model_name is None else "",
     )
     return Native(objective, slo, groups, matched)
 
@@ -144,8 +150,8 @@ def _events(slo: Slo, groups: Sequence[str], matched: dict[str, str]) -> Events:
         total = increase("llm_requests_total")
         others = [reason for reason in SLO_REASONS if reason not in slo.reasons]
         if others:
-            total = without(total, increase("llm_request_failures_total", _one_of("reason", others)))
-        return Events(increase("llm_request_failures_total", _one_of("reason", slo.reasons)), total, Measure.EVENTS)
+            total = without(total, increase("llm_request_failures_total", one_of("reason", others)))
+        return Events(increase("llm_request_failures_total", one_of("reason", slo.reasons)), total, Measure.EVENTS)
     if slo.sli == SLO_ABORTS:
         return Events(increase("llm_requests_aborted_total"), increase("llm_requests_total"), Measure.EVENTS)
     if slo.sli == SLO_CACHE:
@@ -181,10 +187,6 @@ def _le(bound: float) -> str:
     text: str = floatToGoString(bound)  # type: ignore[no-untyped-call]
     # Prometheus before 3.0 keeps `1` or `1.0` as it was served, which depends on the format.
     return f"le=~{quoted(text[:-2] + '([.]0)?')}" if text.endswith(".0") else f"le={quoted(text)}"
-
-
-def _one_of(label: str, values: Sequence[str]) -> str:
-    return f"{label}={quoted(values[0])}" if len(values) == 1 else f"{label}=~{quoted('|'.join(values))}"
 
 
 def _absent(slo: Slo, matched: dict[str, str]) -> str:

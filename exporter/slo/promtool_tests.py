@@ -15,7 +15,7 @@ from typing import Any, Final
 from exporter.slo.model import selector
 from exporter.slo.native import Gauge, Native
 from exporter.slo.output import as_yaml
-from exporter.slo.rules import PAGE, Group, identity, possible
+from exporter.slo.rules import PAGE, Group, identity, names, possible
 from exporter.slo.words import period
 
 _DAY: Final = 1440
@@ -94,8 +94,8 @@ def _labels(native: Native) -> dict[str, str]:
 def _names(native: Native) -> set[tuple[str, ...]]:
     labels = _labels(native)
     reads = native.reads(labels)
-    names = [reads.name] if isinstance(reads, Gauge) else [each.name for each in reads]
-    return {(name, *labels.values()) for name in names}
+    found = [reads.name] if isinstance(reads, Gauge) else [each.name for each in reads]
+    return {(name, *labels.values()) for name in found}
 
 
 def _test(story: Story, batch: Sequence[Native]) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def _absent(native: Native) -> str:
 
 def _close_to(native: Native, labels: dict[str, str], window: str, share: float) -> str:
     """Whether the share of bad events over a window is within `_TOLERANCE` of the true one."""
-    chosen = {**identity(native.objective), **{name: labels[name] for name in native.groups}}
+    chosen = {**names(native.objective), **{name: labels[name] for name in native.groups}}
     ratio = f"sum(slo:sli_error:ratio_rate{window}{{{selector(chosen)}}})"
     return f"abs({ratio} / {share:.12g} - 1) < bool {_TOLERANCE}"
 

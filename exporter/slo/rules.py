@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, Decimal
 from typing import Final
 
-from exporter.slo.model import WINDOW, AlertStyle, Events, Measure, Objective, selector
+from exporter.slo.model import WINDOW, AlertStyle, Events, Measure, Objective, one_of, quoted, selector
 from exporter.slo.words import period
 
 FEWEST: Final = 20
@@ -69,15 +69,20 @@ class Group:
 
 
 def groups(objectives: Iterable[Objective], version: str, fewest: int = FEWEST) -> list[Group]:
-    """Three groups for each objective. `fewest` is how many events an alert wants in its long window at the least."""
+    """Two groups of records for each objective, and one of alerts where they are wanted.
+
+    `fewest` is how many events an alert wants in its long window at the least.
+    """
     found = []
     for objective in objectives:
-        tail = f"{objective.service}-{objective.name}"
+        tail = objective.id
         found += [
             Group(f"sloth-slo-sli-recordings-{tail}", _recordings(objective)),
             Group(f"sloth-slo-meta-recordings-{tail}", _meta(objective, version)),
-            Group(f"sloth-slo-alerts-{tail}", _alerts(objective, fewest)),
         ]
+        alerts = _alerts(objective, fewest)
+        if alerts:
+            found.append(Group(f"sloth-slo-alerts-{tail}", alerts))
     return found
 
 
@@ -113,8 +118,13 @@ def windows(objective: Objective) -> list[tuple[str, int]]:
 
 
 def identity(objective: Objective) -> dict[str, str]:
-    """The labels that tell objectives apart."""
-    return {"sloth_id": objective.id, "sloth_service": objective.service, "sloth_slo": objective.name}
+    """The labels that tell objectives apart, as alerts have them."""
+    return {"sloth_id": objective.id, **names(objective)}
+
+
+def names(objective: Objective) -> dict[str, str]:
+    """Labels of all that is recorded for an objective, and of nothing else."""
+    return {"sloth_service": objective.service, "sloth_slo": objective.name}
 
 
 def possible(burns: Sequence[Burn], budget: Decimal) -> list[Burn]:
@@ -134,11 +144,11 @@ def number(value: Decimal) -> str:
 
 
 def _recordings(objective: Objective) -> list[Rule]:
-    sli, these = objective.sli, selector(identity(objective))
+    sli, these = objective.sli, selector(names(objective))
     rules: list[Rule] = []
 
     def record(name: str, window: str, expr: str) -> None:
-        labels = {**objective.labels, **identity(objective), "sloth_window": window}
+        labels = {**_labels(objective), "sloth_window": window}
         rules.append(Rule(expr, f"slo:{name}{window}", labels=labels))
 
     if not isinstance(sli, Events):
@@ -147,8 +157,8 @@ def _recordings(objective: Objective) -> list[Rule]:
         return rules
     ending = sli.measure.value
     for window in SHORT:
-        total = sli.total.replace(WINDOW, window)
-        error = sli.error.replace(WINDOW, window)
+        total = _with_id(objective, sli.total.replace(WINDOW, window))
+        error = _with_id(objective, sli.error.replace(WINDOW, window))
         if sli.measure is Measure.UNITLESS:
             # A query for errors that never happened gives nothing, and nothing by something is no ratio.
             error = f"(\n{_indented(error)}\n)\nor\n(\n{_indented(total)}\n) * 0"
@@ -166,8 +176,7 @@ def _recordings(objective: Objective) -> list[Rule]:
 
 
 def _meta(objective: Objective, version: str) -> list[Rule]:
-    these = selector(identity(objective))
-    labels = {**objective.labels, **identity(objective)}
+    these, labels = selector(names(objective)), _labels(objective)
     length = period(objective.window_s)
     by_budget = f"/ on (sloth_id, sloth_slo, sloth_service) group_left ()\nslo:error_budget:ratio{{{these}}}"
     info = {
@@ -176,15 +185,36 @@ def _meta(objective: Objective, version: str) -> list[Rule]:
         "sloth_spec": objective.spec,
         "sloth_version": version,
     }
+
+    def constant(value: Decimal) -> str:
+        if not objective.each:
+            return f"vector({number(value)})"
+        known = " or ".join(f"slo:sli_total:increase{window}{{{these}}}" for window in (SHORT[0], length))
+        nobody = f'label_replace(vector(1), "sloth_id", {quoted(objective.id)}, "", "")'
+        return f"{number(value)} * (\n  group without (sloth_window) ({known})\n  or on ()\n  {nobody}\n)"
+
     return [
-        Rule(f"vector({number(objective.target)})", "slo:objective:ratio", labels=labels),
-        Rule(f"vector({number(objective.budget)})", "slo:error_budget:ratio", labels=labels),
-        Rule(f"vector({number(_days(objective.window_s))})", "slo:time_period:days", labels=labels),
+        Rule(constant(objective.target), "slo:objective:ratio", labels=labels),
+        Rule(constant(objective.budget), "slo:error_budget:ratio", labels=labels),
+        Rule(constant(_days(objective.window_s)), "slo:time_period:days", labels=labels),
         Rule(f"slo:sli_error:ratio_rate5m{{{these}}}\n{by_budget}", "slo:current_burn_rate:ratio", labels=labels),
         Rule(f"slo:sli_error:ratio_rate{length}{{{these}}}\n{by_budget}", "slo:period_burn_rate:ratio", labels=labels),
         Rule(f"1 - slo:period_burn_rate:ratio{{{these}}}", "slo:period_error_budget_remaining:ratio", labels=labels),
-        Rule("vector(1)", "sloth_slo_info", labels={**labels, **info}),
+        Rule(constant(Decimal(1)), "sloth_slo_info", labels={**labels, **info}),
     ]
+
+
+def _labels(objective: Objective) -> dict[str, str]:
+    """The labels that a rule gives what it records. One that is for each of something has the id in its expression."""
+    return {**objective.labels, **(names(objective) if objective.each else identity(objective))}
+
+
+def _with_id(objective: Objective, query: str) -> str:
+    """A query whose result has an id for each."""
+    if not objective.each:
+        return query
+    each = f'"sloth_id", {quoted(objective.id + ":$1")}, {quoted(objective.each)}, "(.*)"'
+    return f"label_replace(\n{_indented(query)},\n  {each}\n)"
 
 
 def _days(seconds: int) -> Decimal:
@@ -192,6 +222,8 @@ def _days(seconds: int) -> Decimal:
 
 
 def _alerts(objective: Objective, fewest: int) -> list[Rule]:
+    if not objective.page.wanted and not objective.ticket.wanted:
+        return []
     rules = []
     for severity, common, style, burns in (
         ("page", "critical", objective.page, PAGE),
@@ -200,7 +232,7 @@ def _alerts(objective: Objective, fewest: int) -> list[Rule]:
         able = possible(burns, objective.budget)
         if able and style.wanted:
             expr = "\nor\n".join(_burning(objective, burn, fewest) for burn in able)
-            rules.append(_alert(objective, expr, severity, common, style))
+            rules.append(_alert(objective, expr, severity, common, style, able[0].short))
     summary = f"Nobody can tell how {objective.name} of {objective.service} stands"
     rules.append(
         Rule(
@@ -210,7 +242,7 @@ def _alerts(objective: Objective, fewest: int) -> list[Rule]:
             annotations={
                 "summary": f"{summary}.",
                 "description": "The metric is absent: the agent or its target is gone, or the service does not do what "
-                f"the objective is about ({objective.sentence}).",
+                f"the objective is about ({_no_template(objective.sentence)}).",
             },
             waits=ABSENT_FOR,
         )
@@ -218,7 +250,7 @@ def _alerts(objective: Objective, fewest: int) -> list[Rule]:
     return rules
 
 
-def _alert(objective: Objective, expr: str, severity: str, common: str, style: AlertStyle) -> Rule:
+def _alert(objective: Objective, expr: str, severity: str, common: str, style: AlertStyle, window: str) -> Rule:
     speed = "fast" if severity == "page" else "slowly but surely"
     return Rule(
         expr,
@@ -233,14 +265,34 @@ def _alert(objective: Objective, expr: str, severity: str, common: str, style: A
         annotations={
             "summary": f"{objective.name} of {objective.service} burns its error budget {speed}.",
             "description": "{{ with $labels.model_name }}{{ . }}: {{ end }}{{ $value | humanizePercentage }} of the "
-            f"events are bad; {number(objective.budget * 100)}% may be ({objective.sentence}).",
+            f"events are bad; {number(objective.budget * 100)}% may be ({_no_template(objective.sentence)})."
+            f"{_largest_cause(objective, window)}",
             **style.annotations,
         },
     )
 
 
+def _no_template(text: str) -> str:
+    """A text in an annotation, as it is."""
+    return text.replace("{{", '{{ "{{" }}')
+
+
+def _largest_cause(objective: Objective, window: str) -> str:
+    """A template that says on what most of the time was spent, and nothing where nobody knows."""
+    if not objective.phases:
+        return ""
+    match = f"{one_of('phase', objective.phases)}, service_name=%q, model_name=%q"
+    spent = f"(rate(llm_latency_cause_seconds_total{{{match}}}[{window}]))"
+    query = quoted(f"topk(1, sum by (cause) {spent} > 0) / scalar(sum {spent})")
+    labels = "$labels.service_name $labels.model_name"
+    return (
+        f"{{{{ with printf {query} {labels} {labels} | query }}}}{{{{ with . | first }}}} Largest cause: "
+        "{{ .Labels.cause }}, {{ .Value | humanizePercentage }} of the time.{{ end }}{{ end }}"
+    )
+
+
 def _burning(objective: Objective, burn: Burn, fewest: int) -> str:
-    these = selector(identity(objective))
+    these = selector(names(objective))
 
     def over(metric: str, condition: str) -> str:
         return f"max without (sloth_window) ({metric}{{{these}}} {condition})"

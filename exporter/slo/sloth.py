@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from decimal import Decimal, InvalidOperation
+from itertools import pairwise
 from typing import Final
 
 from exporter.document import Value, document, read_text, shown
-from exporter.slo.declared import MAX_SLOS
+from exporter.slo.declared import MAX_SLOS, slo_id
 from exporter.slo.model import WINDOW, AlertStyle, Events, Measure, Objective, Ratio, selector
 from exporter.slo.native import ALERT
 
@@ -22,17 +25,44 @@ _LABEL: Final = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]{0,62}")
 _TEMPLATE: Final = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
 _TAKEN: Final = frozenset("sloth_id sloth_service sloth_slo sloth_window".split())
 _MAX_QUERY: Final = 1 << 16
+_MARKER: Final = re.compile(r"^---(?=\s|\Z)", re.MULTILINE)
+"""Begins a YAML document. It can stand nowhere else, in a text over several lines neither."""
+_EMPTY: Final = re.compile(r"(---|\.\.\.)?\s*(#.*)?|%.*")
+_TOKEN: Final = re.compile(r"""#.*|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|`[^`]*`|["'`()\[\]{}]""")
+"""What is to be told apart in PromQL: comments, strings, a quote that begins none, and brackets."""
+_CLOSES: Final = {")": "(", "]": "[", "}": "{"}
 
 
-def load(path: str | os.PathLike[str]) -> list[Objective]:
-    """The objectives of a file. Raises `ConfigError` with path and line."""
+def load(path: str | os.PathLike[str], taken: AbstractSet[str] = frozenset()) -> list[Objective]:
+    """The objectives of a file; other objectives have the ids `taken`. Raises `ConfigError` with path and line."""
     name = os.fspath(path)
-    return parse(read_text(name, OPTION), name)
+    return parse(read_text(name, OPTION), name, taken)
 
 
-def parse(text: str, path: str = "<sloth>") -> list[Objective]:
-    """The objectives in a text; `path` is only named in errors. Raises `ConfigError`."""
-    root = document(text, path, f"write a file that begins with `version: {VERSION}`")
+def parse(text: str, path: str = "<sloth>", taken: AbstractSet[str] = frozenset()) -> list[Objective]:
+    """The objectives in all documents of a text; `path` is only named in errors. Raises `ConfigError`."""
+    ids = set(taken)
+    objectives: list[Objective] = []
+    for part in _documents(text):
+        objectives += _read(document(part, path, f"write a file that begins with `version: {VERSION}`"), ids)
+    return objectives
+
+
+def _documents(text: str) -> Iterator[str]:
+    """Each YAML document by itself, after so many empty lines that its own are numbered as in the file."""
+    is_empty = True
+    starts = [0, *(match.start() for match in _MARKER.finditer(text)), len(text)]
+    for start, end in pairwise(starts):
+        part = text[start:end]
+        if not all(map(_EMPTY.fullmatch, part.splitlines())):
+            is_empty = False
+            yield "\n" * text.count("\n", 0, start) + part
+    if is_empty:
+        yield ""
+
+
+def _read(root: Value, taken: set[str]) -> list[Objective]:
+    """The objectives of a document, whose ids are taken from now on."""
     found = root.keys()
     if "kind" in found or "apiVersion" in found:
         root.fail("this is an object of Kubernetes", f"write its spec as a file with `version: {VERSION}`")
@@ -48,8 +78,9 @@ def parse(text: str, path: str = "<sloth>") -> list[Objective]:
     objectives: list[Objective] = []
     for item in items:
         objective = _objective(item, service, labels)
-        if any(objective.name == other.name for other in objectives):
-            item.fail(f"the name {shown(objective.name)} is given twice", "give each objective a name of its own")
+        if objective.id in taken:
+            item.fail(f"there is another objective with the id {shown(objective.id)}", "rename one of them")
+        taken.add(objective.id)
         objectives.append(objective)
     return objectives
 
@@ -72,7 +103,7 @@ def _objective(value: Value, service: str, common: dict[str, str]) -> Objective:
         target=target,
         window_s=PERIOD_S,
         sli=sli,
-        absent=f"absent(slo:{kind}{{{selector({'sloth_id': f'{service}-{name}'})}}})",
+        absent=f"absent(slo:{kind}{{{selector({'sloth_id': slo_id(service, name)})}}})",
         sentence=" ".join(sentence.split()),
         spec=VERSION,
         alert_name=alert,
@@ -115,15 +146,36 @@ def _sli(value: Value) -> Events | Ratio:
 
 def _query(value: Value) -> str:
     text = value.literal().strip()
-    if not 0 < len(text) <= _MAX_QUERY or not text.replace("\n", " ").replace("\t", " ").isprintable():
+    code = _TOKEN.sub(lambda token: "" if token[0].startswith("#") else token[0], text)
+    if not code.strip() or not len(text) <= _MAX_QUERY or not text.replace("\n", " ").replace("\t", " ").isprintable():
         value.fail("is not a query", "write PromQL, without control characters")
-    holes = _TEMPLATE.findall(text)
-    for hole in holes:
+    for hole in _TEMPLATE.findall(text):
         if hole.strip("- \t") != ".window":
             value.fail(f"{shown('{{' + hole + '}}')} is not filled in", f"only {WINDOW} is")
-    if not holes:
+    if not _TEMPLATE.search(code):
         value.fail("has no window", f"write [{WINDOW}] where the range stands")
+    _refuse_loose_ends(value, text)
     return _TEMPLATE.sub(lambda _: WINDOW, text)
+
+
+def _refuse_loose_ends(value: Value, query: str) -> None:
+    """Refuse a query with a bracket or a string that does not end."""
+    opened: list[str] = []
+    for token in _TOKEN.finditer(query):
+        text = token[0]
+        if text in {"(", "[", "{"}:
+            opened.append(text)
+        elif text in _CLOSES:
+            before = opened.pop() if opened else None
+            if before is None:
+                value.fail(f"{text!r} closes no bracket", "remove it, or open one before it")
+            if before != _CLOSES[text]:
+                value.fail(f"{before!r} is closed by {text!r}", "close brackets in the order they were opened")
+        elif text in {'"', "'", "`"}:
+            begin = shown(query[token.start() :])
+            value.fail(f"the string that begins with {begin} has no end", f"close it with {text}")
+    if opened:
+        value.fail(f"{opened[-1]!r} is not closed", "close it")
 
 
 def _alerting(value: Value) -> tuple[str, AlertStyle, AlertStyle]:

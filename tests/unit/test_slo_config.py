@@ -149,6 +149,42 @@ def test_what_cannot_be_is_refused_with_its_place(text: str, what: str, next_ste
     assert next_step in caught.value.next_step
 
 
+@pytest.mark.parametrize(
+    ("services", "first", "second", "joined"),
+    [
+        (
+            ("team", "team-a"),
+            "{name: a-b, sli: aborts, target: 9%, service: team}",
+            "{name: b, sli: aborts, target: 9%, service: team-a}",
+            "team-a-b",
+        ),
+        (
+            ("team", "team-a"),
+            "{name: b, sli: aborts, target: 9%}",
+            "{name: a-b, sli: aborts, target: 9%}",
+            "team-a-b",
+        ),
+        (
+            ("team", "host-gpu"),
+            "{name: gpu-cool, sli: gpu_temperature_celsius, below: 85, target: 99%}",
+            "{name: cool, sli: aborts, target: 9%, service: host-gpu}",
+            "host-gpu-cool",
+        ),
+    ],
+)
+def test_ids_are_not_the_same_once_they_are_joined(
+    services: tuple[str, str], first: str, second: str, joined: str
+) -> None:
+    one, other = services
+    base = f"services:\n  - {{name: {one}, match: {{port: 80}}}}\n  - {{name: {other}, match: {{port: 81}}}}\nslos:\n"
+    with pytest.raises(ConfigError) as caught:
+        parse(f"{base}  - {first}\n  - {second}\n", "agent.yaml")
+    assert (caught.value.path, caught.value.line) == ("agent.yaml", 6)
+    assert f"slos[1]: service and name joined are {joined!r}, as for " in caught.value.what
+    assert caught.value.next_step
+    assert len(parse(f"{base}  - {first}\n  - {second.replace('name: ', 'name: other-')}\n").slos) == 2
+
+
 def test_every_bound_of_a_kernel_histogram_can_be_written() -> None:
     for bound in known()["kernel_run_queue_wait_seconds"].bounds:
         text = f"{bound * 1e6:.12g}us"

@@ -45,6 +45,7 @@ SLOTH_NAMES = {
     *("slo:period_burn_rate:ratio", "slo:period_error_budget_remaining:ratio", "sloth_slo_info"),
 }
 BY, B, LE = "sum by (service_name, model_name)", '{service_name="b"}', '{service_name="b", le="0.3"}'
+EACH = '"sloth_id", "%s:$1", "model_name", "(.*)"'
 
 
 def rules_of(config: Config, fewest: int = 20) -> dict[str, list[dict[str, Any]]]:
@@ -78,11 +79,11 @@ def test_the_names_and_labels_are_those_of_sloth() -> None:
     assert [name for name in found if name.endswith("-b-fast")] == names
     records = {each["record"]: each["labels"] for name in names for each in found[name] if "record" in each}
     assert records.keys() >= SLOTH_NAMES
-    identity = {"sloth_id": "b-fast", "sloth_service": "b", "sloth_slo": "fast"}
-    assert records["slo:sli_error:ratio_rate30d"] == {**identity, "sloth_window": "30d"}
-    assert records["slo:objective:ratio"] == identity
+    both = {"sloth_service": "b", "sloth_slo": "fast"}  # each model has a sloth_id of its own, by the expression
+    assert records["slo:sli_error:ratio_rate30d"] == {**both, "sloth_window": "30d"}
+    assert records["slo:objective:ratio"] == both
     assert records["sloth_slo_info"] == {
-        **identity,
+        **both,
         "sloth_mode": "cli-gen-prom",
         "sloth_objective": "99",
         "sloth_spec": "footlight/v1",
@@ -90,9 +91,17 @@ def test_the_names_and_labels_are_those_of_sloth() -> None:
     }
 
 
+@pytest.mark.parametrize("slo", ["b-one-second", "b-files", "host-cool"])
+def test_what_is_not_for_each_model_has_the_plain_id(slo: str) -> None:
+    found = rules_of(parse(CONFIG))
+    rules = [*found[f"sloth-slo-sli-recordings-{slo}"], *found[f"sloth-slo-meta-recordings-{slo}"]]
+    assert {rule["labels"]["sloth_id"] for rule in rules} == {slo}
+    assert "label_replace" not in str(rules)
+
+
 def test_the_period_is_a_quotient_of_sums() -> None:
     rules = rules_of(parse(CONFIG))["sloth-slo-sli-recordings-roleplay-fast"]
-    these = '{sloth_id="roleplay-fast", sloth_service="roleplay", sloth_slo="fast"}'
+    these = '{sloth_service="roleplay", sloth_slo="fast"}'
     for name in ("error", "total"):
         expr = find(rules, f"slo:sli_{name}:increase30d")["expr"]
         assert expr == f"sum_over_time(slo:sli_{name}:increase1h{these}[30d:5m]) / 12"
@@ -106,17 +115,17 @@ def test_the_period_is_a_quotient_of_sums() -> None:
     [
         (
             "fast",
-            f"clamp_min({BY} (increase(llm_time_to_first_token_seconds_count{B}[5m])) - "
-            f"{BY} (increase(llm_time_to_first_token_seconds_bucket{LE}[5m])), 0)",
-            f"{BY} (increase(llm_time_to_first_token_seconds_count{B}[5m]))",
+            f"label_replace(clamp_min({BY} (increase(llm_time_to_first_token_seconds_count{B}[5m])) - "
+            f"{BY} (increase(llm_time_to_first_token_seconds_bucket{LE}[5m])), 0), {EACH % 'b-fast'})",
+            f"label_replace({BY} (increase(llm_time_to_first_token_seconds_count{B}[5m])), {EACH % 'b-fast'})",
         ),
         (
             "answers",
-            'sum by (service_name, model_name) (increase(llm_request_failures_total{service_name="b", '
-            'reason=~"rate_limited|server_error|cut_off"}[5m]))',
-            'clamp_min(sum by (service_name, model_name) (increase(llm_requests_total{service_name="b"}[5m])) - sum by '
-            '(service_name, model_name) (increase(llm_request_failures_total{service_name="b", reason="client_error"}'
-            "[5m])), 0)",
+            f'label_replace({BY} (increase(llm_request_failures_total{{service_name="b", '
+            f'reason=~"rate_limited|server_error|cut_off"}}[5m])), {EACH % "b-answers"})',
+            f"label_replace(clamp_min({BY} (increase(llm_requests_total{B}[5m])) - {BY} "
+            '(increase(llm_request_failures_total{service_name="b", reason="client_error"}[5m])), 0), '
+            f"{EACH % 'b-answers'})",
         ),
         (
             "files",
@@ -155,7 +164,7 @@ def test_thresholds_match_as_every_prometheus_writes_them() -> None:
 def test_alerts_look_at_two_windows_and_want_traffic() -> None:
     page = alert("fast", "page")
     assert page is not None
-    these = '{sloth_id="roleplay-fast", sloth_service="roleplay", sloth_slo="fast"}'
+    these = '{sloth_service="roleplay", sloth_slo="fast"}'
     pairs = [
         f"(max without (sloth_window) (slo:sli_error:ratio_rate{short}{these} > ({factor} * 0.01)) and "
         f"max without (sloth_window) (slo:sli_error:ratio_rate{long}{these} > ({factor} * 0.01)) and "
@@ -169,6 +178,22 @@ def test_alerts_look_at_two_windows_and_want_traffic() -> None:
     assert "ratio_rate2h" in ticket["expr"]
     assert "increase3d" in ticket["expr"]
     assert ">= 100)" in ticket["expr"]
+
+
+@pytest.mark.parametrize(
+    ("slo", "severity", "range_"),
+    [
+        ("fast", "page", 'phase=\\"ttft\\", service_name=%q, model_name=%q}[5m]'),
+        ("fast", "ticket", 'phase=\\"ttft\\", service_name=%q, model_name=%q}[2h]'),
+        ("speed", "page", 'phase=\\"decode\\", service_name=%q, model_name=%q}[5m]'),
+        ("answers", "page", ""),
+    ],
+)
+def test_the_largest_cause_is_that_of_the_short_window(slo: str, severity: str, range_: str) -> None:
+    found = alert(slo, severity)
+    assert found is not None
+    assert found["annotations"]["description"].count("Largest cause") == bool(range_)
+    assert range_ in found["annotations"]["description"]
 
 
 def test_an_alert_that_cannot_fire_is_not_made() -> None:
@@ -217,7 +242,9 @@ def test_every_metric_that_rules_and_tests_name_is_one_of_the_agent() -> None:
         for name in re.findall(r"\b((?:llm|kernel|gpu|footlight)_\w+)(?=[{\[ )])", rule.expr)
     }
     assert len(named) > 10
-    assert named <= known
+    notes = str([rule.annotations for group in made for rule in group.rules])
+    assert set(re.findall(r"rate\((\w+){", notes)) == {"llm_latency_cause_seconds_total"}
+    assert named | {"llm_latency_cause_seconds_total"} <= known
     tests = yaml.safe_load(file_of_tests(found, made, "r.yaml"))
     series = {each["series"].partition("{")[0] for test in tests["tests"] for each in test["input_series"]}
     assert len(series) > 10
@@ -312,14 +339,3 @@ def test_a_wrong_objective_writes_nothing(config: Path, tmp_path: Path) -> None:
     assert "there are no objectives" in run("--config", config).stderr
     config.write_text(CONFIG)
     assert "cannot write" in run("--config", config, "-o", tmp_path / "no" / "r.yaml").stderr
-
-
-def test_two_objectives_of_one_id_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "footlight.yaml"
-    path.write_text(
-        "services:\n  - {name: a, match: {port: 80}}\n  - {name: a-b, match: {port: 81}}\nslos:\n"
-        "  - {name: b-c, sli: aborts, target: 9%, service: a}\n  - {name: c, sli: aborts, target: 9%, service: a-b}\n"
-    )
-    result = run("--config", path)
-    assert result.exit_code == 4
-    assert "two objectives have one id" in result.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from decimal import Decimal
 from pathlib import Path
 
@@ -98,12 +99,19 @@ def test_its_rules() -> None:
         ("objective: 99.9", "objective: 99,9", 6, "must be a percentage"),
         ("objective: 99.9", "objective: 0", 6, "must be a percentage"),
         ("objective: 99.9", "objective: 1e1", 6, "must be a percentage"),
-        ("name: raw", "name: availability", 24, "slos[1]: the name 'availability' is given twice"),
+        ("name: raw", "name: availability", 24, "slos[1]: there is another objective with the id 'checkout-avail"),
         ("    sli:\n      events:", "    sli:\n      event:", 12, "unknown key 'event'"),
         ("error_query: sum", "error_querry: sum", 13, "slos[0].sli.events: unknown key 'error_querry'"),
         ("raw: {error_ratio_query", "plugin: {id", 26, "plugins are programs of Sloth's"),
         ('"{{.window}}"', '"5m"', 26, "slos[1].sli.raw.error_ratio_query: has no window"),
         ('"{{.window}}"', '"{{.window}}{{.service}}"', 26, "'{{.service}}' is not filled in"),
+        ('"{{.window}}"', '"5m"} # {{.window}}', 26, "slos[1].sli.raw.error_ratio_query: has no window"),
+        ("error_query: sum(", "error_query: '' #", 13, "slos[0].sli.events.error_query: is not a query"),
+        ("error_query: sum(", "error_query: sum", 13, "error_query: ')' closes no bracket"),
+        ("error_query: sum(", "error_query: sum((", 13, "error_query: '(' is not closed"),
+        ("[{{.window}}]))", "[{{.window}}))", 13, "error_query: '[' is closed by ')'"),
+        ('=~"5.."}', '=~"5..}', 13, "error_query: the string that begins with '\"5..}[{{.window}}]))' has no end"),
+        ("          sum(\n", "          sum((\n", 14, "slos[0].sli.events.total_query: '(' is not closed"),
         ("alerting: {}", "alerting: {page_alert: {disabled: true}}", 27, "unknown key 'disabled'"),
         ("disable: true", "disable: maybe", 23, "disable: must be on or off"),
         ("alerting: {}", "labels: {}", 24, "the key 'alerting' is missing"),
@@ -117,6 +125,81 @@ def test_what_is_refused_is_named(old: str, new: str, line: int, what: str) -> N
     assert (caught.value.path, caught.value.line) == ("checkout.yaml", line)
     assert what in caught.value.what
     assert caught.value.next_step
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        'a{b="]\\"}"}[{{.window}}]',
+        "a{b=']\\'}\"'}[{{.window}}]",
+        "a{b=`]\\`}[{{.window}}]",
+        "a[{{.window}}] # :)\n/ b",
+        "a[{{.window}}] # it's",
+        'a{b="#"}[{{ .window }}]',
+    ],
+)
+def test_brackets_in_strings_and_comments_are_text(query: str) -> None:
+    (_, raw) = parse(FILE.replace("'job:errors:ratio{window=\"{{.window}}\"}'", json.dumps(query)))
+    assert raw.sli == Ratio(query.replace("{{ .window }}", "{{.window}}"))
+
+
+SECOND = FILE.replace("service: checkout", "service: cart").replace("name: raw", "name: filled")
+
+
+def test_every_document_of_a_file_is_read() -> None:
+    text = f"# Two services.\n---\n{FILE}---\n\n--- # the other\n{SECOND}---\n# no more\n"
+    assert [each.id for each in parse(text)] == [
+        *("checkout-availability", "checkout-raw", "cart-availability", "cart-filled"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("second", "line", "what"),
+    [
+        (SECOND.replace("alerting: {}", "labels: {}"), 52, "slos[1]: the key 'alerting' is missing"),
+        (SECOND.replace("objective: 95", "\tobjective: 95"), 53, "a tab stands where YAML wants spaces"),
+        (FILE, 33, "slos[0]: there is another objective with the id 'checkout-availability'"),
+        ("kind: PrometheusServiceLevel\n", 29, "this is an object of Kubernetes"),
+        (SECOND.replace("version: prometheus/v1\n", ""), 29, "the key 'version' is missing"),
+    ],
+)
+def test_errors_of_a_later_document_have_the_line_of_the_file(second: str, line: int, what: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(f"{FILE}---\n{second}", "checkout.yaml")
+    assert (caught.value.path, caught.value.line) == ("checkout.yaml", line)
+    assert what in caught.value.what
+
+
+def test_a_file_without_a_document_is_refused() -> None:
+    for text in ("", "---\n# nothing\n---\n"):
+        with pytest.raises(ConfigError, match="is empty") as caught:
+            parse(text, "checkout.yaml")
+        assert "version: prometheus/v1" in caught.value.next_step
+
+
+def test_braces_in_a_description_are_no_template() -> None:
+    (first, _) = parse(FILE.replace("without 5xx.", "without {{ 5xx }}."))
+    alerts = next(group for group in groups([first], "1") if "alerts" in group.name)
+    for alert in alerts.rules:
+        assert '(Answers without {{ "{{" }} 5xx }}.)' in alert.annotations["description"]
+
+
+def test_no_alert_is_made_where_both_are_disabled() -> None:
+    off = FILE.replace("alerting: {}", "alerting: {page_alert: {disable: true}, ticket_alert: {disable: true}}")
+    names = [group.name for group in groups(parse(off), "1")]
+    assert "sloth-slo-alerts-checkout-availability" in names
+    assert "sloth-slo-alerts-checkout-raw" not in names
+    assert "sloth-slo-meta-recordings-checkout-raw" in names
+
+
+def test_there_is_nothing_to_test_for_sloth(tmp_path: Path) -> None:
+    sloth, rules, tests = tmp_path / "checkout.yaml", tmp_path / "slos.yaml", tmp_path / "slos_test.yaml"
+    sloth.write_text(FILE)
+    done = CliRunner().invoke(main, ["slo", "rules", "--sloth", str(sloth), "-o", str(rules), "--tests", str(tests)])
+    assert done.exit_code == 0
+    assert done.stderr == f"{tests} has no tests: they are made for the objectives of --config, not for Sloth's\n"
+    assert yaml.safe_load(tests.read_text())["tests"] == []
+    assert rules.exists()
 
 
 def test_objectives_of_both_kinds_go_into_one_file(tmp_path: Path) -> None:
@@ -134,4 +217,4 @@ def test_objectives_of_both_kinds_go_into_one_file(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace("name: fast", "name: raw"))
     clash = CliRunner().invoke(main, command)
     assert clash.exit_code == 4
-    assert "there is another objective with the id 'checkout-raw'" in clash.stderr
+    assert f"{sloth}:24: slos[1]: there is another objective with the id 'checkout-raw'" in clash.stderr
