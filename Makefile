@@ -85,11 +85,13 @@ check: need-check $(VENV)/.footlight-dev bpf ## ruff, mypy --strict, clang-forma
 	@echo "all checks passed"
 
 .PHONY: bench
-bench: need-bench $(VENV)/.footlight-dev bpf native ## every benchmark: reader, truth, overhead, paths, scale, faults, quota, cuda, alerts, health (root; an hour)
+bench: need-bench $(VENV)/.footlight-dev bpf native ## every benchmark: reader, truth, overhead, paths, scale, faults, quota, cuda, alerts, health, dashboards (root; an hour)
 	@failed=; \
+	try() { echo; echo "== $$1: $${*:2}"; "$${@:2}" || failed="$$failed $$1"; }; \
 	for name in reader truth overhead paths scale faults quota cuda alerts health; do \
-		echo; echo "== $$name: $(PY) -m benchmarks.$$name"; $(PY) -m benchmarks.$$name || failed="$$failed $$name"; \
+		try $$name $(PY) -m benchmarks.$$name; \
 	done; \
+	try dashboards env DASHBOARDS_WATCHED_S=120 $(PY) -m pytest -q -s tests/e2e/test_dashboards.py; \
 	[ -z "$$failed" ] || { echo; echo "missed a bar, or failed:$$failed" >&2; exit 1; }
 
 .PHONY: docs

@@ -211,7 +211,7 @@ def open_folder(path: Path) -> int:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        raise FootlightError(f"cannot use the folder of recordings: {error}", "another folder, or none") from error
+        raise FootlightError(f"cannot use the folder {path}: {error}", "another folder, or none") from error
     try:
         if os.fstat(fd).st_uid != NOBODY and os.geteuid() == 0:
             if os.listdir(fd):  # noqa: PTH208 - a descriptor, not a path

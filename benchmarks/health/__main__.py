@@ -31,11 +31,16 @@ from benchmarks.common.agent import agent, free_port
 from benchmarks.common.processes import START_S, ends_on_sigterm, line_of, started
 from benchmarks.common.report import Bar, judge, need_root, show, show_json, table
 from benchmarks.faults.host import Network, network
+from benchmarks.health.service import LEAKED_KIND, LEAKED_NAME
 from exporter.health import FEWEST, Signal
+from probes.descriptors import LEAK_PER_SECOND, LEAK_S
 
 MOST_ANOMALIES: Final = 1
 FOUND_S: Final = 15.0
 LEAK_FOUND_S: Final = 12.0
+LEAST_LEAKED: Final = LEAK_PER_SECOND * LEAK_S / 2
+"""Half of how many more descriptors make a leak: some of those are connections."""
+LEAK: Final = "descriptor_leak"
 GIVE_UP_S: Final = 40.0
 REQUESTS_PER_S: Final = 7.0
 HOGS: Final = 6
@@ -57,7 +62,7 @@ class Fault:
 FAULTS: Final = (
     Fault("cpu", Signal.CPU),
     Fault("memory", Signal.RESIDENT_MEMORY),
-    Fault("descriptors", Signal.OPEN_FILES, "descriptor_leak", LEAK_FOUND_S),
+    Fault("descriptors", Signal.OPEN_FILES, LEAK, LEAK_FOUND_S),
     Fault("ttft", Signal.TTFT_P50),
     Fault("run_queue", Signal.RUN_QUEUE_WAIT),
     Fault("round_trip", Signal.ROUND_TRIP),
@@ -66,14 +71,19 @@ FAULTS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """How soon a fault was found, in seconds; None where it was not. `beside` are other signals that rose with it."""
+    """How soon a fault was found, in seconds; None where it was not. `beside` are other signals that rose with it.
+
+    `leaked` is of a leak alone: how many of the leaked descriptors its snapshot shows; NaN without a snapshot, 0 where
+    others are more in it.
+    """
 
     fault: str
     signal: str
     seconds: float | None
     within_s: float
     beside: tuple[str, ...]
-    largest_target: str
+    largest_target: str = ""
+    leaked: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,15 +144,23 @@ def faults(wanted: Sequence[Fault], seed: int) -> Iterator[Found]:
             with _injected(fault, service, link):
                 found = _first(watching.port, fault, before, began)
                 seconds = time.monotonic() - began if found is not None else None
-            told = found.get("leak", {}).get("targets", []) if found is not None else []
-            beside = {
-                each["signal"] for each in events(watching.port)[before:] if each["what"] == "began"
-            } - {fault.signal.value}
-            largest = f"{told[0]['count']} {told[0]['name']}" if told else ""
-            yield Found(fault.name, fault.signal.value, seconds, fault.within_s, tuple(sorted(beside)), largest)
+            rose = {each["signal"] for each in events(watching.port)[before:] if each["what"] == "began"}
+            beside = tuple(sorted(rose - {fault.signal.value}))
+            largest, leaked = snapshot(found or {}) if fault.what == LEAK else ("", None)
+            yield Found(fault.name, fault.signal.value, seconds, fault.within_s, beside, largest, leaked)
             _say("found, " if found is not None else "not found, ")
             time.sleep(SETTLE_S)
         _say("done\n")
+
+
+def snapshot(event: dict[str, Any]) -> tuple[str, float]:
+    """What most descriptors of an event's snapshot are, and how many of those that leaked it shows: see `Found`."""
+    targets = event.get("leak", {}).get("targets")
+    if not targets:
+        return "", math.nan
+    largest = targets[0]
+    leaked = (largest["kind"], largest["name"]) == (LEAKED_KIND, LEAKED_NAME)
+    return f"{largest['count']} {largest['name']}", largest["count"] if leaked else 0
 
 
 def _first(port: int, fault: Fault, before: int, began: float) -> dict[str, Any] | None:
@@ -249,6 +267,8 @@ def bars(still: Quiet | None, found: Sequence[Found]) -> Iterator[Bar]:
         yield Bar("anomalies without a fault", len(still.anomalies), MOST_ANOMALIES)
     for each in found:
         yield Bar(f"{each.fault}: found after", math.nan if each.seconds is None else each.seconds, each.within_s, " s")
+        if each.leaked is not None:
+            yield Bar(f"{each.fault}: leaked ones in the snapshot", each.leaked, LEAST_LEAKED, at_least=True)
 
 
 def _say(text: str) -> None:

@@ -25,6 +25,8 @@ GAP_S: Final = 0.01
 FIRST_S: Final = 0.05
 SLOW_FIRST_S: Final = 0.5
 LEAK_PER_S: Final = 71
+LEAKED_KIND: Final = "device"
+LEAKED_NAME: Final = "/dev/null"
 MEMORY_PER_S: Final = 53 << 20
 MOST_MEMORY: Final = 1 << 30
 _HEAD: Final = (
@@ -90,7 +92,7 @@ class Service:
     def _leak(self) -> None:
         kept: list[int] = []
         while self._ill.is_set():
-            kept.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+            kept.append(os.open(LEAKED_NAME, os.O_RDONLY | os.O_CLOEXEC))
             time.sleep(1 / LEAK_PER_S)
         for fd in kept:
             os.close(fd)

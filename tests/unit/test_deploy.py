@@ -57,6 +57,14 @@ def container(objects: list[Object]) -> Object:
     return only
 
 
+def volume(objects: list[Object], folder: str | None) -> Object:
+    """The volume that is mounted there."""
+    (name,) = (mount["name"] for mount in container(objects)["volumeMounts"] if mount["mountPath"] == folder)
+    (found,) = (each for each in pod(objects)["volumes"] if each["name"] == name)
+    assert isinstance(found, dict)
+    return found
+
+
 def configuration(objects: list[Object]) -> Config:
     return parse(config_map(objects, "footlight")["footlight.yaml"])
 
@@ -115,7 +123,7 @@ def test_the_pod_has_what_it_needs_and_no_token(objects: list[Object]) -> None:
     volumes = {volume["name"] for volume in spec["volumes"]}
     assert volumes == {mount["name"] for mount in only["volumeMounts"]}
     writable = {mount["mountPath"] for mount in only["volumeMounts"] if not mount.get("readOnly")}
-    assert writable == {"/var/lib/footlight"}
+    assert writable == {"/var/lib/footlight/recordings", "/var/lib/footlight/health"}
     for volume in spec["volumes"]:
         if "configMap" in volume:
             config_map(objects, volume["configMap"]["name"])
@@ -135,11 +143,17 @@ def test_the_agent_takes_its_configuration(objects: list[Object]) -> None:
     config = configuration(objects)
     (port,) = container(objects)["ports"]
     assert (config.listen.host, config.listen.port) == ("0.0.0.0", port["containerPort"])
-    assert config.recorder.folder is not None and config.recorder.folder.startswith("/var/lib/footlight/")
     limit = container(objects)["resources"]["limits"]["memory"]
     assert config.limits.memory * 2 <= int(limit.removesuffix("Mi")) << 20
-    (kept,) = (volume["emptyDir"]["sizeLimit"] for volume in pod(objects)["volumes"] if "emptyDir" in volume)
-    assert config.recorder.size < int(kept.removesuffix("Mi")) << 20
+    recordings = volume(objects, config.recorder.folder)["emptyDir"]["sizeLimit"]
+    assert config.recorder.size < int(recordings.removesuffix("Mi")) << 20
+
+
+def test_what_is_normal_outlives_the_pod(objects: list[Object]) -> None:
+    folder = configuration(objects).health.folder
+    assert volume(objects, folder)["hostPath"] == {"path": folder, "type": "DirectoryOrCreate"}
+    writable = {mount["mountPath"] for mount in container(objects)["volumeMounts"] if not mount.get("readOnly")}
+    assert [path for path in writable if "hostPath" in volume(objects, path)] == [folder]
 
 
 def test_prometheus_asks_the_port_that_is_there(objects: list[Object]) -> None:
@@ -243,6 +257,13 @@ def test_systemd_takes_the_unit(tmp_path: Path) -> None:
 def test_the_unit_gives_up_where_trying_again_changes_nothing() -> None:
     (codes,) = unit("RestartPreventExitStatus")
     assert {HostError.exit_code, ConfigError.exit_code} < set(map(int, codes.split()))
+
+
+def test_the_unit_keeps_what_the_agent_writes() -> None:
+    (state,) = unit("StateDirectory")
+    config = load(DEPLOY / "base/footlight.yaml")
+    for folder in (config.health.folder, config.recorder.folder):
+        assert folder is not None and Path(folder).parent == Path("/var/lib") / state
 
 
 def test_the_guide_says_what_each_capability_is_for() -> None:
