@@ -85,7 +85,7 @@ check: need-check $(VENV)/.footlight-dev bpf ## ruff, mypy --strict, clang-forma
 	@echo "all checks passed"
 
 .PHONY: bench
-bench: need-bench $(VENV)/.footlight-dev bpf native ## every benchmark: reader, truth, overhead, paths, scale, faults, quota, cuda, alerts, health, dashboards (root; an hour)
+bench: need-bench $(VENV)/.footlight-dev bpf native ## every benchmark: reader, truth, overhead, paths, scale, faults, quota, cuda, alerts, health, dashboards (root; over an hour)
 	@failed=; \
 	try() { echo; echo "== $$1: $${*:2}"; "$${@:2}" || failed="$$failed $$1"; }; \
 	for name in reader truth overhead paths scale faults quota cuda alerts health; do \

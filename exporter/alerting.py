@@ -4,8 +4,9 @@
 the alert that `footlight slo rules` makes, so that an Alertmanager takes both for one. A request that has waited longer
 than its objective allows is bad before it is over: an engine that stopped is told of before it says another word.
 `FootlightRequestsFail`, `FootlightStreamsCutOff`: the same for what services do wrong, where no objective is about it.
-`FootlightServiceGone`: a service had processes, and has none. `FootlightProbeDown`, `FootlightLosesEvents`: the agent
-does not see what it was asked to. These are alerts of dashboards/rules/footlight.yaml.
+`FootlightServiceGone`: a service had processes, and has none or had none lately. `FootlightProbeDown`,
+`FootlightLosesEvents`: the agent does not see what it was asked to.
+These are alerts of dashboards/rules/footlight.yaml.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import msgspec
 from exporter.fast_burn import FastBurn, Weights
 from exporter.labels import safe
 from exporter.reloading import is_gone
+from exporter.slis import largest_cause
 from exporter.slo.declared import SLO_ABORTS, SLO_ERRORS, SLO_SPEED, Slo
 from exporter.slo.events import NONE, events_of
 from exporter.slo.native import natives
@@ -55,6 +57,9 @@ MOST_REQUESTS: Final = 4096
 """Requests under way that are looked at, those of the oldest connections first: each costs 0.5 us at each look."""
 LASTS_NS: Final = 3_000_000_000
 """A service has had no process, or a probe has not been up, for so long before anybody is told."""
+KEEPS_NS: Final = 180_000_000_000
+"""A service that is back is told of for so long as one that was gone, and then runs out. What its users felt of it runs
+out as well, and Alertmanager silences that only while the root cause lasts."""
 ATTACHES_NS: Final = 60_000_000_000
 """The same of an agent that begins."""
 LOSS_SHARE: Final = 0.01
@@ -74,8 +79,8 @@ Labels = tuple[tuple[str, str], ...]
 class Alert:
     """One that fires. `labels` tell alerts apart. `since_ns` is CLOCK_MONOTONIC.
 
-    `fades`: a rule's alert is the same one and lasts longer, because its windows are longer. To end it would make the
-    rule's a new one; it runs out instead.
+    `fades`: a rule's alert is the same one and lasts longer, because its windows are longer or it is kept. To end it
+    would make the rule's a new one; it runs out instead.
     """
 
     labels: Labels
@@ -285,10 +290,17 @@ class Alerting:
                     found[number, *names].append(request)
         return found, over
 
+    def _largest_cause(self, row: _Row) -> str:
+        """As the rule's alert says it, of the last five minutes; nothing where no path was found."""
+        now_ns = self._slis.clock()
+        found = largest_cause([series.ttft_causes.totals(now_ns) for series in row.series])
+        return f" Largest cause: {found[0]}, {found[1]:.0%} of the time." if found else ""
+
     def _burning(self, key: Key, row: _Row) -> Alert:
         _, service, model = key
         slo, burn = row.wanted.slo, row.burn
         told = f"{model}: {burn.bad} of {burn.events} events of the last minute were not {good_event(slo)}."
+        why = self._largest_cause(row) if slo.sli == "ttft" else ""
         about = {"service_name": service, "model_name": model, "severity": "critical"}
         objective = row.wanted.objectives.get(service)
         if objective is None:
@@ -298,7 +310,7 @@ class Alerting:
         return Alert(
             _labels(BURN, {**objective.labels, **identity(objective), **about, "sloth_severity": "page"}),
             f"{slo.name} of {service} burns its error budget fast.",
-            f"{told} The objective: {sentence(slo)}.",
+            f"{told} The objective: {sentence(slo)}.{why}",
             row.since_ns,
             fades=True,
         )
@@ -362,7 +374,7 @@ class _Conditions:
 
     def __init__(self) -> None:
         self._ran: set[str] = set()  # services that had a process
-        self._gone_ns: dict[str, int] = {}
+        self._gone: dict[str, _Gone] = {}
         self._probes: dict[str, _Probe] = {}
 
     def look(self, status: AgentStatus | None, services: frozenset[str], now_ns: int) -> Iterable[Alert]:
@@ -370,11 +382,13 @@ class _Conditions:
         if status is None:
             return
         self._note_gone(status, services, now_ns)
-        for service, since_ns in self._gone_ns.items():
-            if now_ns - since_ns >= LASTS_NS:
+        for service, gone in self._gone.items():
+            if gone.is_told(now_ns):
                 labels = _labels(GONE, {"service_name": service, "severity": "critical", "kind": "cause"})
-                told = f"{service} had processes, and none is followed any more."
-                yield Alert(labels, f"{service} has no process.", told, since_ns, of_agent=True)
+                summary, told = f"{service} has no process.", "It had processes, and none is followed any more."
+                if gone.back_ns is not None:
+                    summary, told = f"{service} had no process.", "It is back; what users felt of it is not over yet."
+                yield Alert(labels, summary, told, gone.since_ns, fades=True, of_agent=True)
         self._probes = {each.name: self._probes.get(each.name) or _Probe() for each in status.probes}
         for probe in status.probes:
             yield from self._probes[probe.name].look(probe, status.at_ns, now_ns)
@@ -384,12 +398,35 @@ class _Conditions:
             service = safe(target.service)
             if target.processes:
                 self._ran.add(service)
-                self._gone_ns.pop(service, None)
+                self._note_back(service, now_ns)
             elif service in self._ran and service in services:
-                self._gone_ns.setdefault(service, now_ns)
+                self._gone.setdefault(service, _Gone(now_ns)).back_ns = None
         for service in self._ran - services:
             self._ran.discard(service)
-            self._gone_ns.pop(service, None)
+            self._gone.pop(service, None)
+
+    def _note_back(self, service: str, now_ns: int) -> None:
+        gone = self._gone.get(service)
+        if gone is None:
+            return
+        if not gone.is_told(now_ns):
+            del self._gone[service]
+        elif gone.back_ns is None:
+            gone.back_ns = now_ns
+
+
+@dataclass(slots=True)
+class _Gone:
+    """A service without a process: since when, and when it had one again. CLOCK_MONOTONIC."""
+
+    since_ns: int
+    back_ns: int | None = None
+
+    def is_told(self, now_ns: int) -> bool:
+        """Whether it lasts, or has lasted, for long enough to be told of, and was not over for too long."""
+        if self.back_ns is None:
+            return now_ns - self.since_ns >= LASTS_NS
+        return now_ns - self.back_ns < KEEPS_NS
 
 
 class _Probe:

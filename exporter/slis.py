@@ -630,11 +630,12 @@ def _row(
         failures=sums[_Sum.FAILURES],
         aborts=sums[_Sum.ABORTS],
         coverage=_ratio(sums, _Sum.COMPLETE, _Sum.CAPTURED),
-        why=_largest_cause([each.ttft_causes.totals(now_ns) for each in series]),
+        why=largest_cause([each.ttft_causes.totals(now_ns) for each in series]),
     )
 
 
-def _largest_cause(by_series: Sequence[Sequence[int]]) -> tuple[str, float] | None:
+def largest_cause(by_series: Sequence[Sequence[int]]) -> tuple[str, float] | None:
+    """The largest cause of several series together, each with its time by cause, and its share. None: no time."""
     sums = [sum(column) for column in zip([0] * len(_CAUSES), *by_series, strict=True)]
     whole = sum(sums)
     if not whole:

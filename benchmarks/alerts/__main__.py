@@ -5,9 +5,10 @@ Each trial is a model of its own, with 20 requests a second: first good ones, th
 first of them has waited longer than the objective allows. "agent" is the Alertmanager that only the agent posts to,
 "Prometheus" the one that only Prometheus does, "both" has both: how many words on the slowdown it let through.
 
-Then incidents: a service becomes slow for all of its models, and dies. Every Alertmanager hears from both; only one
-has the inhibition of dashboards/alertmanager.yaml. The root cause is known seconds after its consequences, so both wait
-before they speak.
+Then incidents, at the same time: a service becomes slow for all of its models, dies, and starts again. Two
+Alertmanagers run dashboards/alertmanager.yaml, one of them without its inhibition, and hear from both, Prometheus with
+the ready-made rules as well. What their receivers get is counted, ends too, until the root cause is over and whatever
+it silenced would have been told.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ import json
 import math
 import os
 import signal
+import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
 import click
-import yaml
 from rich.console import Group
 
-from benchmarks.alerts.real import Receiver, alertmanager, prometheus, rules
+from benchmarks.alerts.real import Receiver, Told, alertmanager, example, prometheus, rules
 from benchmarks.alerts.traffic import Load
 from benchmarks.common.agent import agent
 from benchmarks.common.processes import ROOT, Server, ends_on_sigterm, server
@@ -41,11 +42,15 @@ SLOW_S: Final = 1.0
 RATE: Final = 20.0
 BEFORE_S: Final = 2.0
 PATIENCE_S: Final = 30.0
-GROUP_WAIT: Final = "10s"
-SETTLED_S: Final = 8.0
+HEALTHY_S: Final = 40.0
+ILL_S: Final = 3.0
+DOWN_S: Final = 10.0
+OVER_S: Final = 480.0
+SETTLED_S: Final = 70.0
+"""Longer than the example's group_interval."""
 PROMISED_MS: Final = 860.0
 FEWER: Final = 0.92
-SERVICE: Final = (sys.executable, "-m", "benchmarks.common.light_service")
+SERVICE: Final = "benchmarks.common.light_service"
 TRIALS: Final = "trials"
 MODELS: Final = tuple(f"model-{number}" for number in range(8))
 OBJECTIVES: Final = (
@@ -53,7 +58,8 @@ OBJECTIVES: Final = (
     {"name": "whole-answer", "sli": "duration", "below": "800ms", "target": "99%"},
     {"name": "no-errors", "sli": "errors", "target": "99%"},
 )
-INHIBIT: Final = ROOT / "dashboards" / "alertmanager.yaml"
+READY_MADE: Final = ROOT / "dashboards" / "rules" / "footlight.yaml"
+GONE: Final = "FootlightServiceGone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +79,18 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Incident:
-    """A service that became slow and died: what the receiver was told of with and without inhibition."""
+    """A service that became slow, died and started again: what was told of it with and without inhibition.
+
+    Notifications are those that came, whatever they say; alerts are those in them. `words` are the notifications with
+    inhibition that say that something is wrong, `root_causes` those of them that say what.
+    """
 
     service: str
     all_: int
+    all_alerts: int
     inhibited: int
+    inhibited_alerts: int
+    words: int
     root_causes: int
 
 
@@ -106,22 +119,60 @@ def trial(model: str, port: int, receiver: Receiver) -> Trial:
     )
 
 
-def incident(service: str, served: Server, receiver: Receiver) -> Incident:
-    """Let a service be slow for all its models, and die."""
-    with Load(served.port, MODELS, 5.0, GOOD_S) as load:
-        time.sleep(BEFORE_S)
+def command(service: str) -> tuple[str, ...]:
+    """What starts a service, which the agent knows by it."""
+    return (sys.executable, "-m", SERVICE, service)
+
+
+def happen(stack: ExitStack, running: Mapping[str, Server], receiver: Receiver) -> list[Incident]:
+    """Let services be slow for all their models, die, and start again. Takes until nothing of it is left to tell."""
+    loads = {}
+    for name, served in running.items():
+        loads[name] = stack.enter_context(Load(served.port, MODELS, 5.0, GOOD_S))
+    time.sleep(HEALTHY_S)
+    for load in loads.values():
         load.slow_down(SLOW_S)
-        time.sleep(3)
+    time.sleep(ILL_S)
+    for served in running.values():
         os.kill(served.pid, signal.SIGKILL)
-        receiver.wait("inhibited", PATIENCE_S, alertname="FootlightServiceGone", service_name=service)
-        receiver.wait("all", PATIENCE_S, alertname="FootlightServiceGone", service_name=service)
-        time.sleep(SETTLED_S)
 
-    def firing(name: str, **labels: str) -> int:
-        told = receiver.told(name, service_name=service, **labels)
-        return len([each for each in told if each.status == "firing"])
+    def wait(status: str, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        for name in running:
+            for manager in ("inhibited", "all"):
+                left_s = max(0.0, deadline - time.monotonic())
+                if receiver.wait(manager, left_s, status, alertname=GONE, service_name=name) is None:
+                    raise click.ClickException(f"{manager} did not tell within {seconds:.0f} s: {name} {status}")
 
-    return Incident(service, firing("all"), firing("inhibited"), firing("inhibited", alertname="FootlightServiceGone"))
+    wait("firing", PATIENCE_S)
+    time.sleep(DOWN_S)
+    for name, load in loads.items():
+        load.go_on(stack.enter_context(server(command(name))).port)
+    wait("resolved", OVER_S)
+    time.sleep(SETTLED_S)
+    return [told(name, receiver) for name in running]
+
+
+def told(service: str, receiver: Receiver) -> Incident:
+    """Count what was told of a service until now."""
+
+    def notifications(each: Iterable[Told]) -> int:
+        return len({one.notification for one in each})
+
+    def alerts(each: Iterable[Told]) -> int:
+        return len({frozenset(one.labels.items()) for one in each})
+
+    every, inhibited = (receiver.told(manager, service_name=service) for manager in ("all", "inhibited"))
+    firing = [each for each in inhibited if each.status == "firing"]
+    return Incident(
+        service,
+        notifications(every),
+        alerts(every),
+        notifications(inhibited),
+        alerts(inhibited),
+        notifications(firing),
+        notifications(each for each in firing if each.labels["alertname"] == GONE),
+    )
 
 
 def measure(trials: int, incidents: int) -> tuple[list[Trial], list[Incident]]:
@@ -130,19 +181,17 @@ def measure(trials: int, incidents: int) -> tuple[list[Trial], list[Incident]]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         receiver = stack.enter_context(Receiver())
-        services = {name: stack.enter_context(server(SERVICE)) for name in names}
+        services = {name: stack.enter_context(server(command(name))) for name in names}
         urls = {}
         for name in ("agent", "prometheus", "both"):
             urls[name] = stack.enter_context(alertmanager(folder, name, receiver))
-        for name, inhibit in (("all", ()), ("inhibited", yaml.safe_load(INHIBIT.read_text())["inhibit_rules"])):
-            urls[name] = stack.enter_context(
-                alertmanager(folder, name, receiver, group_wait=GROUP_WAIT, inhibit=inhibit)
-            )
+        for name, config in (("all", {**example(), "inhibit_rules": []}), ("inhibited", example())):
+            urls[name] = stack.enter_context(alertmanager(folder, name, receiver, config=config))
         followed = [
-            {"name": name, "match": {"port": each.port}, "engine_metrics": "off"} for name, each in services.items()
+            {"name": name, "match": {"cmdline": f"{SERVICE} {name}"}, "engine_metrics": "off"} for name in services
         ]
-        config = folder / "footlight.yaml"
-        config.write_text(
+        file = folder / "footlight.yaml"
+        file.write_text(
             json.dumps(
                 {
                     "services": followed,
@@ -151,12 +200,15 @@ def measure(trials: int, incidents: int) -> tuple[list[Trial], list[Incident]]:
                 }
             )
         )
-        watching = stack.enter_context(agent("run", "--config", str(config)))
+        watching = stack.enter_context(agent("run", "--config", str(file)))
         theirs = [url for name, url in urls.items() if name != "agent"]
-        stack.enter_context(prometheus(folder, f"127.0.0.1:{watching.port}", rules(config), theirs))
+        made_rules = folder / "rules.yaml"
+        made_rules.write_text(rules(file))
+        target, instance = f"127.0.0.1:{watching.port}", socket.gethostname()
+        stack.enter_context(prometheus(folder, target, instance, (made_rules, READY_MADE), theirs))
         time.sleep(2)
         made = [trial(f"trial-{number + 1}", services[TRIALS].port, receiver) for number in range(trials)]
-        happened = [incident(name, services[name], receiver) for name in names[1:]]
+        happened = happen(stack, {name: services[name] for name in names[1:]}, receiver) if incidents else []
         failures = watching.scrape().total("footlight_alert_notification_failures_total")
         if failures:
             raise click.ClickException(f"{failures:.0f} posts to Alertmanagers failed:\n{watching.log()}")
@@ -167,7 +219,7 @@ def bars(trials: Sequence[Trial], incidents: Sequence[Incident]) -> Iterator[Bar
     """What was promised."""
     yield Bar("agent: p95 to the webhook", p95([each.agent_ms for each in trials]), PROMISED_MS, " ms")
     yield Bar("slowdowns told of more or less than once", sum(each.words != 1 for each in trials), 0)
-    yield Bar("incidents told of more or less than once", sum(each.inhibited != 1 for each in incidents), 0)
+    yield Bar("incidents told of more or less than once", sum(each.words != 1 for each in incidents), 0)
     yield Bar("incidents without their root cause", sum(each.root_causes != 1 for each in incidents), 0)
     if incidents:
         yield Bar("fewer notifications", fewer(incidents), FEWER, at_least=True)
@@ -202,23 +254,35 @@ def tables(trials: Sequence[Trial], incidents: Sequence[Incident]) -> Iterator[G
     )
     if incidents:
         yield table(
-            "notifications of an incident: a service that becomes slow for 8 models and dies",
-            ("incident", "without inhibition", "with it", "fewer"),
+            "notifications of an incident: a service becomes slow for 8 models, dies, and starts again",
+            ("incident", "without inhibition", "alerts in them", "with it", "alerts in them", "fewer"),
             [
-                *((each.service, str(each.all_), str(each.inhibited), f"{fewer([each]):.0%}") for each in incidents),
-                (
-                    "all",
-                    str(sum(each.all_ for each in incidents)),
-                    str(sum(each.inhibited for each in incidents)),
-                    f"{fewer(incidents):.0%}",
-                ),
+                *(_row(each.service, [each]) for each in incidents),
+                _row("all", incidents),
             ],
+            notes="Ends are notifications, too.",
         )
+
+
+def _row(name: str, incidents: Sequence[Incident]) -> tuple[str, ...]:
+    counts = (
+        sum(each.all_ for each in incidents),
+        sum(each.all_alerts for each in incidents),
+        sum(each.inhibited for each in incidents),
+        sum(each.inhibited_alerts for each in incidents),
+    )
+    return (name, *map(str, counts), f"{fewer(incidents):.0%}")
 
 
 @click.command(help=__doc__)
 @click.option("--trials", default=20, show_default=True, help="Slowdowns, each of a model of its own; at most 60.")
-@click.option("--incidents", default=3, show_default=True, help="Services that become slow and die.")
+@click.option(
+    "--incidents",
+    type=click.IntRange(0, 9),
+    default=3,
+    show_default=True,
+    help="Services that become slow, die and start again.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object for each of them on stdout.")
 def main(trials: int, incidents: int, as_json: bool) -> None:
     need_root()

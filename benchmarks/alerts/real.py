@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
+import yaml
 
 from benchmarks.common.agent import free_port
 from benchmarks.common.processes import ROOT, failed, started
 
 READY_S: Final = 20.0
-RULES_FILE: Final = "rules.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +75,13 @@ class Receiver:
         with self._lock:
             return [each for each in self._told.get(name, ()) if labels.items() <= each.labels.items()]
 
-    def wait(self, name: str, seconds: float, **labels: str) -> Told | None:
-        """The first word on an alert with these labels; None where none comes in time."""
+    def wait(self, name: str, seconds: float, status: str = "firing", **labels: str) -> Told | None:
+        """The first word on an alert with these labels that has this status; None where none comes in time."""
         deadline = time.monotonic() + seconds
         with self._lock:
             while True:
                 for each in self._told.get(name, ()):
-                    if labels.items() <= each.labels.items():
+                    if each.status == status and labels.items() <= each.labels.items():
                         return each
                 if not self._lock.wait(max(0.0, deadline - time.monotonic())) and time.monotonic() >= deadline:
                     return None
@@ -94,30 +94,39 @@ class Receiver:
             self._lock.notify_all()
 
 
+EACH: Final[Mapping[str, Any]] = {
+    "route": {
+        "receiver": "webhook",
+        "group_by": ["..."],
+        "group_wait": "0s",
+        "group_interval": "1s",
+        "repeat_interval": "4h",
+    },
+    "receivers": [{"name": "webhook"}],
+}
+"""A configuration with which each alert is told by itself and at once."""
+
+
+def example() -> dict[str, Any]:
+    """The configuration that is shipped as an example."""
+    config: dict[str, Any] = yaml.safe_load((ROOT / "dashboards" / "alertmanager.yaml").read_text())
+    return config
+
+
 @contextlib.contextmanager
 def alertmanager(
     folder: Path,
     name: str,
     receiver: Receiver,
     *,
-    group_wait: str = "0s",
-    inhibit: Sequence[object] = (),
+    config: Mapping[str, Any] = EACH,
     port: int | None = None,
 ) -> Iterator[str]:
-    """Run an Alertmanager that tells the receiver of each alert by itself; gives its URL."""
+    """Run an Alertmanager with this configuration, but that all its receivers are `receiver`; gives its URL."""
     here = folder / name
     here.mkdir()
-    config = {
-        "route": {
-            "receiver": "webhook",
-            "group_by": ["..."],
-            "group_wait": group_wait,
-            "group_interval": "1s",
-            "repeat_interval": "4h",
-        },
-        "inhibit_rules": list(inhibit),
-        "receivers": [{"name": "webhook", "webhook_configs": [{"url": receiver.url(name)}]}],
-    }
+    hooks = [{"url": receiver.url(name)}]
+    config = {**config, "receivers": [{"name": to["name"], "webhook_configs": hooks} for to in config["receivers"]]}
     file = here / "alertmanager.yaml"
     file.write_text(json.dumps(config))  # JSON is YAML
     port = free_port() if port is None else port
@@ -134,18 +143,19 @@ def alertmanager(
 
 @contextlib.contextmanager
 def prometheus(
-    folder: Path, target: str, rules: str, alertmanagers: Sequence[str], interval: str = "1s"
+    folder: Path, target: str, instance: str, rules: Sequence[Path], alertmanagers: Sequence[str], interval: str = "1s"
 ) -> Iterator[str]:
     """Run a Prometheus that scrapes `target`, evaluates `rules` and tells the Alertmanagers; gives its URL."""
     here = folder / "prometheus-server"
     here.mkdir()
-    (here / RULES_FILE).write_text(rules)
     hosts = [url.removeprefix("http://") for url in alertmanagers]
     config = {
         "global": {"scrape_interval": interval, "scrape_timeout": interval, "evaluation_interval": interval},
-        "rule_files": [str(here / RULES_FILE)],
+        "rule_files": [str(path) for path in rules],
         "alerting": {"alertmanagers": [{"static_configs": [{"targets": hosts}]}]},
-        "scrape_configs": [{"job_name": "footlight", "static_configs": [{"targets": [target]}]}],
+        "scrape_configs": [
+            {"job_name": "footlight", "static_configs": [{"targets": [target], "labels": {"instance": instance}}]}
+        ],
     }
     file = here / "prometheus.yaml"
     file.write_text(json.dumps(config))

@@ -49,6 +49,11 @@ class Load:
         """From now on each request takes so long to its first token. `first_slow_ns` is when the first one was sent."""
         self._slow_s = wait_s
 
+    def go_on(self, port: int) -> None:
+        """From now on ask the service at this port, and to take `wait_s` again."""
+        self._slow_s = None
+        self._port = port
+
     def _run(self) -> None:
         selector = selectors.DefaultSelector()
         due = time.monotonic()

@@ -6,9 +6,11 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -21,6 +23,7 @@ from exporter.alerting import (
     CUT_OFF,
     FAIL,
     GONE,
+    KEEPS_NS,
     LASTS_NS,
     LOSES,
     MOST_REQUESTS,
@@ -30,7 +33,9 @@ from exporter.alerting import (
     Alert,
     Alerting,
 )
-from exporter.config import Config, parse
+from exporter.alertmanager import Notice, Notifier, Outbox
+from exporter.config import Alertmanager, Config, parse
+from exporter.critical_path import Cause
 from exporter.fast_burn import LIMIT, WINDOW_S, FastBurn, Weights
 from exporter.labels import OTHER
 from exporter.live_request import Request
@@ -38,7 +43,7 @@ from exporter.metrics import Metrics
 from exporter.objectives import bounds
 from exporter.request import Capture, Failure, FinishedRequest, Phase
 from exporter.requests import LINGER_NS
-from exporter.slis import Series, Slis
+from exporter.slis import CausePhase, Series, Slis
 from exporter.slo.native import natives
 from exporter.slo.rules import groups
 from exporter.status import AgentStatus, Loss, ProbeStatus, TargetStatus
@@ -236,9 +241,20 @@ def test_slow_first_tokens_fire_and_good_ones_do_not() -> None:
     assert alert.fades
     assert "3 of 104 events of the last minute were not within 0.3 s" in alert.description
     began_ns = alert.since_ns
+    assert "Largest cause" not in alert.description
     (alert,) = stage.look()[BURN]
     assert alert.since_ns == began_ns
     assert stage.alerting.counts() == {**dict.fromkeys(NAMES, 0), BURN: 1}
+
+
+def test_the_largest_cause_of_slow_first_tokens_is_told() -> None:
+    stage = Stage(FIRST_TOKEN)
+    series = stage.series()
+    series.explain(CausePhase.TTFT, {Cause.lock: 3.0 * SECOND, Cause.on_cpu: 1.0 * SECOND})
+    series.explain(CausePhase.DECODE, {Cause.gpu: 97.0 * SECOND})
+    stage.first_tokens(301, 7)
+    (alert,) = stage.look()[BURN]
+    assert alert.description.endswith(". Largest cause: lock, 75% of the time.")
     assert stage.look(WINDOW_S) == {}
 
 
@@ -575,8 +591,55 @@ def test_a_service_whose_last_process_ended_is_down_and_up_again() -> None:
     labels = {"alertname": GONE, "service_name": "roleplay", "severity": "critical", "kind": "cause"}
     assert dict(alert.labels) == labels
     assert alert.of_agent
+    began_ns = alert.since_ns
     stage.status = status(1)
-    assert stage.look() == {}
+    (alert,) = stage.look(KEEPS_NS / SECOND)[GONE]
+    assert alert.since_ns == began_ns
+    assert "It is back" in alert.description
+    stage.status = status(0)  # gone again: that is the same outage
+    stage.look()
+    stage.status = status(1)
+    stage.look()
+    (alert,) = stage.look(KEEPS_NS / SECOND - 1)[GONE]
+    assert alert.since_ns == began_ns
+    assert stage.look(1) == {}
+
+
+def test_a_service_that_starts_again_at_once_was_not_gone() -> None:
+    stage = Stage()
+    stage.look()
+    stage.status = status(0)
+    stage.look()
+    stage.status = status(1)
+    assert stage.look(1) == {}
+    assert stage.look(LASTS_NS / SECOND) == {}
+
+
+def test_that_a_service_was_gone_lasts_longer_for_an_alertmanager_than_what_its_users_felt() -> None:
+    stage = Stage(FIRST_TOKEN)
+    ends: dict[str, str] = {}
+
+    def post(_url: str, body: bytes, _timeout_s: float) -> None:
+        ends.update({each["labels"]["alertname"]: each["endsAt"] for each in json.loads(body)})
+
+    notifier = Notifier([Alertmanager("http://one")], lambda: stage.now_ns, post)
+
+    def tick() -> None:
+        stage.look()
+        notifier.take(stage.alerting.firing, stage.now_ns)
+        assert notifier.outboxes[0].deliver()
+
+    stage.first_tokens(301, 3)
+    tick()
+    stage.status = status(0)
+    for _ in range(4 * 5):
+        tick()
+    assert ends.keys() == {BURN, GONE}
+    stage.status = status(1)
+    stage.first_tokens(301, 23)  # it is slow at first
+    while stage.alerting.firing:
+        tick()
+    assert ends[GONE] > ends[BURN]
 
 
 def test_a_service_that_never_ran_or_is_wanted_no_more_is_not_down() -> None:
@@ -638,7 +701,6 @@ def test_a_probe_that_loses_events_is_told_of_and_one_that_loses_few_is_not() ->
 def test_the_alerts_are_those_of_the_ready_made_rules() -> None:
     file = yaml.safe_load((ROOT / "dashboards/rules/footlight.yaml").read_text("utf-8"))
     rules = {rule["alert"]: rule for group in file["groups"] for rule in group["rules"] if "alert" in rule}
-    specs = {spec.text_name(): set(spec.labels) for spec in Metrics(Slis()).specs}
     stage = Stage()
     stage.finished(count=3, failure=Failure.server_error)
     stage.finished(count=3, failure=Failure.cut_off)
@@ -653,11 +715,80 @@ def test_the_alerts_are_those_of_the_ready_made_rules() -> None:
         assert {key: labels.pop(key) for key in ("severity", "kind")} == rules[name]["labels"]
         expr = rules[name]["expr"]
         grouped = {frozenset(each.split(", ")) for each in re.findall(r"\bby \(([^)]+)\)", expr)}
-        if alert.of_agent:
-            # With it come the labels of its target, whatever relabelling makes of them.
-            assert not grouped
-            without = {label for each in re.findall(r"\bwithout \(([^)]+)\)", expr) for label in each.split(", ")}
-            metric = re.findall(r"footlight_\w+", expr)[0]
-            assert labels.keys() == specs[metric] - without
-        else:
-            assert grouped == {frozenset({*labels, "tenant"})}
+        assert grouped == {frozenset({*labels, "instance" if alert.of_agent else "tenant"})}
+
+
+POD = {"__meta_kubernetes_pod_name": "footlight-x7k2p", "__meta_kubernetes_pod_node_name": "node-3"}
+OF_AGENT = {
+    GONE: {"footlight_target_processes": "3x40 0x40"},
+    PROBE_DOWN: {"footlight_probe_up": "0x80", "footlight_probe_required": "1x80"},
+    LOSES: {"footlight_lost_events_total": "0+10x80", "footlight_probe_events_total": "0+100x80"},
+}
+"""What alerts about one agent are made of: their metrics, every 15 s."""
+
+
+def test_the_alert_of_the_rules_has_the_labels_of_the_agents_in_a_pod(tmp_path: Path) -> None:
+    stage = Stage()
+    stage.look()
+    stage.status = status(0, up=False, events=1009, lost=503)
+    stage.look(1)
+    found = stage.look(LASTS_NS / SECOND)
+    network: list[bytes] = []
+    outbox = Outbox(
+        Alertmanager("http://one"), lambda _url, body, _s: network.append(body), POD["__meta_kubernetes_pod_name"]
+    )
+    outbox.put(Notice(each.labels, "", "", 0, 0, each.of_agent) for name in OF_AGENT for each in found[name])
+    assert outbox.deliver()
+    posted = [each["labels"] for each in json.loads(network[0])]
+    assert {each["alertname"] for each in posted} == OF_AGENT.keys()
+    monitor = yaml.safe_load((ROOT / "deploy/base/podmonitor.yaml").read_text("utf-8"))
+    target = as_target(monitor)
+    series = [
+        {"series": metric + of_series({**target, **labels_of(metric)}), "values": values}
+        for metrics in OF_AGENT.values()
+        for metric, values in metrics.items()
+    ]
+    series.append({"series": "footlight_build_info" + of_series(target), "values": "1x80"})
+    samples = [{"labels": "ALERTS" + of_series({**each, "alertstate": "firing"}), "value": 1} for each in posted]
+    rules = ROOT / "dashboards/rules/footlight.yaml"
+    case = {"expr": 'ALERTS{alertstate="firing"}', "eval_time": "15m", "exp_samples": samples}
+    file = tmp_path / "tests.yaml"
+    file.write_text(
+        json.dumps(
+            {
+                "rule_files": [str(rules)],
+                "tests": [{"interval": "15s", "input_series": series, "promql_expr_test": [case]}],
+            }
+        )
+    )
+    done = subprocess.run(["promtool", "test", "rules", str(file)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def as_target(monitor: dict[str, Any]) -> dict[str, str]:
+    """The labels that a PodMonitor gives a pod's metrics."""
+    target = {
+        "job": "footlight/footlight",
+        "namespace": "footlight",
+        "pod": POD["__meta_kubernetes_pod_name"],
+        "container": "footlight",
+        "endpoint": "metrics",
+        "instance": "10.0.0.5:9466",
+    }
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    for rule in endpoint["relabelings"]:
+        assert rule.keys() == {"sourceLabels", "targetLabel"}, "to replace is all that is understood here"
+        target[rule["targetLabel"]] = ";".join(POD[name] for name in rule["sourceLabels"])
+    return target
+
+
+def labels_of(metric: str) -> dict[str, str]:
+    """The labels of the agent's own on one of its series."""
+    values = {"service_name": "roleplay", "probe": "requests", "reason": "ring_full"}
+    (spec,) = (each for each in Metrics(Slis()).specs if each.text_name() == metric)
+    return {name: values[name] for name in spec.labels}
+
+
+def of_series(labels: Mapping[str, str]) -> str:
+    """Labels as PromQL writes them."""
+    return "{" + ", ".join(f"{name}={json.dumps(value)}" for name, value in labels.items()) + "}"

@@ -38,11 +38,11 @@ from probes.errors import ConfigError
 
 SECOND = 1_000_000_000
 WALL_NS = 1_767_225_600 * SECOND  # 2026-01-01
-TARGET = Alertmanager("http://127.0.0.1:9093", {"cluster": "north"}, {"job": "footlight", "instance": "stage-1"}, 1.0)
+TARGET = Alertmanager("http://127.0.0.1:9093", {"cluster": "north"}, {"instance": "stage-1"}, 1.0)
 ALERT = Alert(
-    labels=(("alertname", "FootlightServiceGone"), ("service_name", "roleplay")),
-    summary="gone",
-    description="It is gone.",
+    labels=(("alertname", "FootlightProbeDown"), ("probe", "requests")),
+    summary="down",
+    description="It is down.",
     since_ns=7 * SECOND,
     of_agent=True,
 )
@@ -98,13 +98,12 @@ def test_an_alert_goes_out_at_once_again_every_minute_and_when_it_is_over() -> N
     (told,) = played.tick(ALERT)
     assert told == {
         "labels": {
-            "alertname": "FootlightServiceGone",
-            "service_name": "roleplay",
+            "alertname": "FootlightProbeDown",
+            "probe": "requests",
             "cluster": "north",
-            "job": "footlight",
             "instance": "stage-1",
         },
-        "annotations": {"summary": "gone", "description": "It is gone."},
+        "annotations": {"summary": "down", "description": "It is down."},
         "startsAt": "2026-01-01T00:00:00.000Z",
         "endsAt": "2026-01-01T00:03:00.000Z",
     }
@@ -148,7 +147,7 @@ def test_a_wall_clock_that_is_set_back_leaves_no_alert_that_ends_before_it_begin
 def test_new_words_do_not_make_it_another_alert() -> None:
     played = Played()
     played.tick(ALERT)
-    assert played.tick(replace(ALERT, description="It is still gone.")) == []
+    assert played.tick(replace(ALERT, description="It is still down.")) == []
 
 
 def test_the_labels_of_the_configuration_do_not_replace_those_of_the_alert() -> None:

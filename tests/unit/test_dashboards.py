@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks.alerts.real import Receiver, alertmanager, example
 from dashboards.board import Board, panels
 from dashboards.build import FOLDER, dashboards, stale
 from exporter.config import parse
@@ -25,6 +27,10 @@ ROOT = FOLDER.parent
 RULES = FOLDER / "rules" / "footlight.yaml"
 TESTS = sorted((FOLDER / "rules").glob("tests*.yaml"))
 ROUTES = FOLDER / "alertmanager.yaml"
+CONFIG = """\
+services: [{name: roleplay, match: {port: 1}}]
+slos: [{name: first-token, sli: ttft, below: 300ms, target: 99%}]
+"""
 MADE = {name: json.loads(text) for name, text in dashboards().items()}
 VARIABLES = ["datasource", "service_name", "model_name", "instance"]
 METRIC = re.compile(r"\b((?:llm|kernel|gpu|footlight)_[a-z0-9_]+)\b(?!\s*[=!]~?\")")
@@ -266,12 +272,82 @@ def test_alertmanager_takes_the_example() -> None:
         ("kind=symptom severity=critical tenant=theatre", "pager,theatre"),
         ("kind=symptom severity=warning tenant=harbour", "harbour"),
         ("kind=cause severity=warning", "operators"),
-        ("sloth_slo=first severity=critical tenant=harbour", "pager,harbour"),
+        ("kind=cause severity=critical service_name=roleplay", "pager,theatre,harbour"),
+        ("kind=cause severity=critical service_name=other", "pager"),
+        ("severity=critical sloth_severity=page sloth_slo=first-token service_name=roleplay", "pager"),
+        ("severity=warning sloth_severity=ticket sloth_slo=first-token service_name=roleplay", "operators"),
     ],
 )
 def test_alerts_go_to_their_tenant(labels: str, receivers: str) -> None:
     said = amtool("config", "routes", "test", f"--config.file={ROUTES}", *labels.split())
     assert said.strip() == receivers
+
+
+@pytest.fixture
+def routed(tmp_path: Path) -> Iterator[Routed]:
+    with Receiver() as receiver, alertmanager(tmp_path, "one", receiver, config=example()) as url:
+        yield Routed(url)
+
+
+class Routed:
+    """What an Alertmanager with the example does to alerts that fire."""
+
+    def __init__(self, url: str) -> None:
+        self._url = f"{url}/api/v2/alerts"
+
+    def fire(self, *every: dict[str, str]) -> None:
+        body = json.dumps([{"labels": labels} for labels in every]).encode()
+        request = urllib.request.Request(self._url, body, {"content-type": "application/json"})
+        urllib.request.urlopen(request, timeout=10).close()
+
+    def silenced(self) -> dict[tuple[str, str], set[str]]:
+        """By name and tenant, the names of the alerts that silence it. Fails where a tenant hears neither."""
+        with urllib.request.urlopen(self._url, timeout=10) as response:
+            fired = {each["fingerprint"]: each for each in json.load(response)}
+        found = {}
+        for each in fired.values():
+            tenant = each["labels"].get("tenant", "")
+            by = [fired[number] for number in each["status"]["inhibitedBy"]]
+            found[each["labels"]["alertname"], tenant] = {other["labels"]["alertname"] for other in by}
+            told = each
+            while told["status"]["inhibitedBy"]:
+                told = fired[told["status"]["inhibitedBy"][0]]
+            assert not tenant or {"name": tenant} in told["receivers"], each["labels"]
+        return found
+
+
+def fires(name: str, **others: str) -> dict[str, str]:
+    """The labels of an alert of the rules, of which the expression gives `others`."""
+    (rule,) = (rule for rule in ALERTS if rule["alert"] == name)
+    return {"alertname": name, **others, **rule["labels"]}
+
+
+def test_whose_alert_is_silenced_hears_what_silences_it(routed: Routed) -> None:
+    made = [native.objective for native in natives(parse(CONFIG))]
+    every = [rule for group in groups(made, "1") for rule in group.rules if rule.alert == "ErrorBudgetBurn"]
+    (page,) = (rule for rule in every if rule.labels["sloth_severity"] == "page")
+    about = {"service_name": "roleplay", "model_name": "bard"}
+    felt = ("FootlightFirstTokenSlow", "FootlightStreamsCutOff")
+    routed.fire({"alertname": page.alert, **about, **page.labels})
+    for tenant in ({}, {"tenant": "theatre"}, {"tenant": "harbour"}):
+        routed.fire(fires("FootlightObjectiveBurns", **about, **tenant, slo="first-token"))
+        routed.fire(*(fires(name, **about, **tenant) for name in felt))
+    burns = "FootlightObjectiveBurns"
+    assert {what: by for what, by in routed.silenced().items() if by} == {
+        (burns, ""): {page.alert},
+        ("FootlightFirstTokenSlow", ""): {page.alert},
+        ("FootlightFirstTokenSlow", "theatre"): {burns},
+        ("FootlightFirstTokenSlow", "harbour"): {burns},
+    }
+    routed.fire(fires("FootlightServiceGone", service_name="roleplay", instance="node-3"))
+    silenced = routed.silenced()
+    (heard,) = (what for what, by in silenced.items() if not by)
+    assert heard == ("FootlightServiceGone", "")
+
+
+def test_the_pager_takes_what_is_wrong_with_a_model_for_one_thing() -> None:
+    (pager,) = (each for each in yaml.safe_load(ROUTES.read_text())["route"]["routes"] if each["receiver"] == "pager")
+    assert pager["group_by"] == ["service_name", "model_name"]
 
 
 def test_inhibitions_name_alerts_that_are_there() -> None:
