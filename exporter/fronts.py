@@ -402,9 +402,13 @@ class Output:
 
 def outcome(request: FinishedRequest) -> str:
     """One word for how a request ended, and how much of it was seen where that is not all."""
-    ended = "ok" if request.end_seen else "unknown"
-    word = request.failure.value if request.failure else f"left_{request.aborted.value}" if request.aborted else ended
+    aborted = f"left_{request.aborted.value}" if request.aborted else None
+    word = _ended(request, aborted)
     return word if request.capture is Capture.complete else f"{word} ({request.capture.value})"
+
+
+def _ended(request: FinishedRequest, aborted: str | None) -> str:
+    return request.failure.value if request.failure else aborted or ("ok" if request.end_seen else "unknown")
 
 
 def mean_gap_ns(request: FinishedRequest) -> float | None:
@@ -456,7 +460,6 @@ def trace_object(request: FinishedRequest, wall_ns: int, label_names: Sequence[s
         return None if until_ns is None or since_ns is None else (until_ns - since_ns) / 1e9
 
     gap_ns = mean_gap_ns(request)
-    ended = "ok" if request.end_seen else "unknown"
     arrived_ns = None if request.capture is Capture.arrival_unseen else request.arrived_ns
     return {
         "time": rfc3339(wall_ns),
@@ -473,7 +476,7 @@ def trace_object(request: FinishedRequest, wall_ns: int, label_names: Sequence[s
         "turn": request.turn,
         "streamed": request.streamed,
         "status": request.status,
-        "outcome": request.failure.value if request.failure else "aborted" if request.aborted else ended,
+        "outcome": _ended(request, "aborted" if request.aborted else None),
         "aborted_while": request.aborted.value if request.aborted else None,
         "capture": request.capture.value,
         "read_delay_seconds": seconds(request.read_ns, arrived_ns),

@@ -87,7 +87,7 @@ class Request:
         self.status: int | None = None
         self.first_byte_ns: int | None = None
         self.last_write_ns = read_ns
-        self.end_seen = True  # what ends it, or will
+        self.end_seen = True  # as long as nothing says that it was missed
         self.api: Api | None = None
         self.model: str | None = None
         self.service = ""

@@ -58,7 +58,7 @@ class Handler(Protocol):
     def state(
         self, conn: int, seen_ns: int, old: int, new: int, tgid: int, rx_position: int, tx_position: int, error: int
     ) -> None:
-        """TCP went from one state to another.
+        """TCP went from one state to another; from 0: to CLOSE a while ago, which nobody was told at the time.
 
         The positions are those after the last byte that a record was made for, delivered or not. `error` is the errno
         that the connection died of; 0 where `new` is not CLOSE, or where the service closed it.
